@@ -1,0 +1,316 @@
+"""What a reward is, and how its name in a config becomes a function.
+
+A reward is a plain Python function with TRL's signature, called once for a whole batch:
+
+    def f(prompts, completions, completion_ids, **columns) -> list[float | None]
+
+It may name only the arguments that it wants, may be `async def`, and returns one number per completion (None: does
+not apply to this row). `trainer_state`, `log_extra` and `log_metric` are passed to functions that ask for them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+from tandem.rl.errors import UserError
+
+BUILT_IN: dict[str, str] = {
+    "math_answer": "tandem.rewards.math_answer",
+    "tag_format": "tandem.rewards.text_format",
+    "boxed_format": "tandem.rewards.text_format",
+    "length_penalty": "tandem.rewards.length",
+    "overlong_penalty": "tandem.rewards.length",
+}
+"""Rewards that a config may name without a module, and where each is defined."""
+
+TEXT_ARGUMENTS = ("prompts", "completions", "completion_ids")
+TRAINER_ARGUMENTS = ("trainer_state", "log_extra", "log_metric", "environments")
+RESERVED = (*TEXT_ARGUMENTS, *TRAINER_ARGUMENTS)
+"""Arguments that the toolkit fills; neither a column nor a config's kwargs may replace them."""
+
+
+@dataclass
+class Reward:
+    """One reward function as a config uses it.
+
+    Attributes:
+        name: key of its values in `Scored.rewards` and in metrics.
+        function: callable with TRL's reward signature, sync or async.
+        weight: factor of its values in the total.
+        kwargs: keyword arguments that every call receives; they win over columns of the same name.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    weight: float = 1.0
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_async(self) -> bool:
+        """Whether a call returns a coroutine."""
+        function = _without_partials(self.function)
+        return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+    @property
+    def file(self) -> str | None:
+        """The Python file that defines the function; None for functions written in C."""
+        function = inspect.unwrap(_without_partials(self.function))
+        for candidate in (function, type(function).__call__):
+            code = getattr(candidate, "__code__", None)
+            if code is not None:
+                return str(code.co_filename)
+        return None
+
+    def parameters(self) -> dict[str, inspect.Parameter] | None:
+        """Named parameters; None if the function takes any keyword (or does not say what it takes)."""
+        try:
+            parameters = dict(inspect.signature(self.function).parameters)
+        except (TypeError, ValueError):
+            return None
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return None
+        return {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+    def required(self) -> list[str]:
+        """Names of the parameters without a default."""
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError):
+            return []
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        return [p.name for p in named if p.default is p.empty]
+
+
+def load_reward(
+    function: str | Callable[..., Any],
+    *,
+    name: str | None = None,
+    weight: float = 1.0,
+    kwargs: dict[str, Any] | None = None,
+) -> Reward:
+    """Find a reward function and check that it can be called.
+
+    Args:
+        function: a built-in name (`BUILT_IN`), `FILE.py:function` (relative to the working directory),
+            `module:function`, or a callable. The folder of a FILE.py goes to the front of `sys.path`, as Python does
+            for a script, so that its helper modules import, also later from inside the function.
+        name: name in metrics; None: what stands after the colon (for a callable, its `__name__` or class name).
+        weight: factor in the total.
+        kwargs: passed to every call.
+
+    Raises:
+        UserError: nothing of that name, an error while importing it, not callable, or kwargs that it does not take.
+    """
+    if isinstance(function, str):
+        found, label = _find(function), function
+        name = name or function.rpartition(":")[2]
+    else:
+        found, label = function, repr(function)
+        name = name or getattr(function, "__name__", None) or type(function).__name__
+    _check_callable(found, label)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise UserError(f"the weight of reward {name!r} is {weight!r}", fix="give a finite number")
+    reward = Reward(name, found, float(weight), dict(kwargs or {}))
+    _check_kwargs(reward)
+    return reward
+
+
+def completion_text(completion: str | list[dict[str, Any]]) -> str:
+    """The text of a completion as rewards receive it: the string itself, or what its assistant messages say."""
+    if isinstance(completion, str):
+        return completion
+    texts = [_content_text(m.get("content")) for m in completion if m.get("role", "assistant") == "assistant"]
+    return "\n".join(texts)
+
+
+def locate(error: BaseException, file: str | None) -> str:
+    """Where an exception happened: `FILE:LINE in FUNCTION`, the deepest place inside `file` if there is one.
+
+    Empty if the traceback never left the toolkit.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    own_folder = str(Path(__file__).parent)
+    inside = [f for f in frames if file is not None and f.filename == file]
+    outside = [f for f in frames if not f.filename.startswith((own_folder, "<frozen"))]
+    for choice in (inside, outside):
+        if choice:
+            return f"{choice[-1].filename}:{choice[-1].lineno} in {choice[-1].name}"
+    return ""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the most similar of `names`, or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class _SourceLoader(SourceFileLoader):
+    """Always compiles: cached bytecode is matched by size and whole seconds, and would hide a quick edit."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
+        return code
+
+
+def _find(spec: str) -> Any:
+    where, colon, attribute = spec.rpartition(":")
+    if not colon:
+        return _find_built_in(spec)
+    if not where or not attribute:
+        raise UserError(f"reward function {spec!r} is incomplete", fix="write FILE.py:FUNCTION or MODULE:FUNCTION")
+    if where.endswith(".py") or "/" in where:
+        module = _load_file(where, spec)
+    else:
+        module = _import_module(where, spec)
+    try:
+        return getattr(module, attribute)
+    except AttributeError:
+        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise UserError(
+            f"reward function {spec!r}: {where} has no {attribute!r}{nearest(attribute, names)}",
+            fix=f"it defines {', '.join(sorted(names))}" if names else "define the function in it",
+        ) from None
+
+
+def _find_built_in(name: str) -> Any:
+    if name in BUILT_IN:
+        return getattr(importlib.import_module(BUILT_IN[name]), name)
+    if name.endswith(".py"):
+        raise UserError(f"reward function {name!r} names a file but no function", fix=f"write {name}:FUNCTION")
+    module, dot, attribute = name.rpartition(".")
+    hint = f"write {module}:{attribute}" if dot and module else "write FILE.py:FUNCTION or MODULE:FUNCTION"
+    raise UserError(
+        f"there is no built-in reward {name!r}{nearest(name, BUILT_IN)}",
+        reason=f"built-in rewards are {', '.join(BUILT_IN)}",
+        fix=f"for a function of your own {hint}",
+    )
+
+
+def _load_file(where: str, spec: str) -> ModuleType:
+    """The module of a Python file; one file is loaded once, and again after it was changed."""
+    path = Path(where).expanduser().resolve()
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise UserError(
+            f"reward function {spec!r}: there is no file {str(path)!r}{nearest(path.name, siblings)}",
+            fix="give the path from the working directory, or an absolute one",
+        )
+    stat = path.stat()
+    identity = hashlib.sha256(f"{path}\0{stat.st_mtime_ns}\0{stat.st_size}".encode()).hexdigest()[:12]
+    name = f"tandem_reward_{path.stem}_{identity}"
+    if name in sys.modules:
+        return sys.modules[name]
+    loader = _SourceLoader(name, str(path))
+    module_spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert module_spec is not None
+    module = importlib.util.module_from_spec(module_spec)
+    folder = str(path.parent)
+    added = folder not in sys.path
+    if added:
+        sys.path.insert(0, folder)
+    sys.modules[name] = module
+    try:
+        loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if added and folder in sys.path:
+            sys.path.remove(folder)
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise _import_problem(spec, error, str(path)) from error
+    return module
+
+
+def _import_module(where: str, spec: str) -> ModuleType:
+    # A console script, unlike `python -m`, does not see the working directory.
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    try:
+        return importlib.import_module(where)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{where}.".startswith(f"{error.name}."):
+            raise UserError(
+                f"reward function {spec!r}: there is no module {error.name!r}",
+                fix="install it, start from the folder that holds it, or write FILE.py:FUNCTION",
+            ) from None
+        found = sys.modules.get(where)
+        raise _import_problem(spec, error, getattr(found, "__file__", None)) from error
+
+
+def _import_problem(spec: str, error: BaseException, file: str | None) -> UserError:
+    if isinstance(error, SyntaxError):
+        place = f"{error.filename}:{error.lineno}"
+        line = (error.text or "").strip()
+        return UserError(
+            f"reward function {spec!r}: syntax error at {place}: {error.msg}" + (f": {line}" if line else "")
+        )
+    place = locate(error, file) or str(file)
+    if isinstance(error, ModuleNotFoundError):
+        return UserError(
+            f"reward function {spec!r}: {place} imports {error.name!r}, which is not installed",
+            fix=f"install {error.name!r} in this environment, or put its file beside the reward's",
+        )
+    return UserError(
+        f"reward function {spec!r} cannot be imported: {type(error).__name__}: {error}",
+        reason=f"raised at {place}",
+        fix="the file must import without errors; try it with python",
+    )
+
+
+def _check_callable(found: Any, label: str) -> None:
+    if inspect.isclass(found):
+        raise UserError(
+            f"reward function {label!r} is a class",
+            reason="calling it would build an object, not compute rewards",
+            fix="name a function, or an instance of the class that has __call__",
+        )
+    if not callable(found):
+        raise UserError(
+            f"reward function {label!r} is not callable: it is {type(found).__name__}", fix="name a function"
+        )
+
+
+def _check_kwargs(reward: Reward) -> None:
+    taken = reward.parameters()
+    for key in reward.kwargs:
+        if key in RESERVED:
+            raise UserError(
+                f"reward {reward.name!r}: kwargs may not contain {key!r}",
+                reason="the toolkit fills this argument for every batch",
+                fix="give the parameter another name",
+            )
+        if taken is not None and key not in taken:
+            own = [n for n in taken if n not in RESERVED]
+            raise UserError(
+                f"reward {reward.name!r} takes no argument {key!r}{nearest(key, own)}",
+                fix=f"it takes {', '.join(own)}" if own else "remove it from kwargs",
+            )
+
+
+def _without_partials(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def _content_text(content: Any) -> str:
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return "" if content is None else str(content)

@@ -1,0 +1,249 @@
+"""One call of one reward function on a batch: its arguments, its time limit, and what can go wrong in it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Awaitable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tandem.rewards.base import RESERVED, Reward, locate, nearest
+from tandem.rewards.time_limit import Outcome, TimeLimitReached, run_all_within, run_within
+from tandem.rl.errors import UserError
+from tandem.rl.samples import Completion, Prompt
+
+_IMMUTABLE = frozenset((str, int, float, bool, type(None), bytes, complex))
+_SHOWN_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """How far the run is, for rewards that change with it. Both count optimiser steps."""
+
+    global_step: int
+    max_steps: int
+
+
+@dataclass
+class Row:
+    """One completion before it is scored."""
+
+    prompt: Prompt
+    completion: Completion
+    group: int
+    text: str
+
+    def describe(self) -> str:
+        """Prompt and completion, shortened, for error messages."""
+        return f"  prompt {self.prompt.index}: {_shorten(self.prompt.prompt)}\n  completion: {_shorten(self.text)}"
+
+
+@dataclass
+class Call:
+    """A reward function on a batch.
+
+    Attributes:
+        values: what it said, one per row, once it has run.
+        seconds: how long it took.
+        extras: columns that it logged (`log_extra`), one value per row.
+        metrics: scalars that it logged (`log_metric`), in order.
+    """
+
+    reward: Reward
+    rows: list[Row]
+    state: TrainerState
+    values: list[float | None] = field(default_factory=list)
+    seconds: float = 0.0
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    def run(self, timeout: float) -> None:
+        """Run a synchronous function. Raises UserError for every fault of it."""
+        arguments = self.arguments()
+        start = time.perf_counter()
+        try:
+            result = run_within(timeout, lambda: self.reward.function(**arguments))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise self._fault(error, timeout) from error
+        self.seconds = time.perf_counter() - start
+        if inspect.isawaitable(result):  # a plain function around an async one
+            awaitable = result
+            self.finish(run_all_within(timeout, [lambda: awaitable])[0], timeout)
+        else:
+            self.values = self._checked(result)
+
+    def start(self) -> Awaitable[Any]:
+        """The coroutine of an async function; its Outcome goes to `finish`."""
+        coroutine: Awaitable[Any] = self.reward.function(**self.arguments())
+        return coroutine
+
+    def finish(self, outcome: Outcome, timeout: float) -> None:
+        """Take over the result of an async function. Raises UserError for every fault of it."""
+        self.seconds += outcome.seconds
+        if isinstance(outcome.error, KeyboardInterrupt):
+            raise outcome.error
+        if outcome.error is not None:
+            raise self._fault(outcome.error, timeout) from outcome.error
+        self.values = self._checked(outcome.value)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments, only those which the function takes.
+
+        Lists and dicts are the call's own copies, so that a function which changes its arguments changes nothing for
+        the next one. Other objects (images, arrays) are shared: copying them would cost more than it protects.
+
+        Raises:
+            UserError: the function needs an argument that is neither a column nor in its kwargs.
+        """
+        taken = self.reward.parameters()
+        wanted = None if taken is None else set(taken)
+        arguments: dict[str, Any] = {}
+        for name in self.columns():
+            if name not in self.reward.kwargs and (wanted is None or name in wanted):
+                arguments[name] = [_own_copy(row.prompt.columns.get(name)) for row in self.rows]
+        arguments |= {name: _own_copy(value) for name, value in self.reward.kwargs.items()}
+        ours: dict[str, Any] = {
+            "prompts": lambda: [_own_copy(row.prompt.prompt) for row in self.rows],
+            "completions": lambda: [_completion(row) for row in self.rows],
+            "completion_ids": lambda: [list(row.completion.ids) for row in self.rows],
+            "trainer_state": lambda: self.state,
+            "log_extra": lambda: self._log_extra,
+            "log_metric": lambda: self._log_metric,
+            "environments": lambda: None,
+        }
+        arguments |= {name: make() for name, make in ours.items() if wanted is None or name in wanted}
+        self._check_required(arguments)
+        return arguments
+
+    def columns(self) -> list[str]:
+        """Names of the data set's columns that reach rewards, in order of appearance."""
+        names = dict.fromkeys(name for row in self.rows for name in row.prompt.columns)
+        return [name for name in names if name not in (*RESERVED, "prompt", "completion")]
+
+    def _check_required(self, arguments: dict[str, Any]) -> None:
+        missing = [name for name in self.reward.required() if name not in arguments]
+        if not missing:
+            return
+        columns = self.columns()
+        fix = f"rename a column, or give {missing[0]!r} in the reward's kwargs"
+        if "solution_str" in missing:
+            fix = "verl's compute_score takes one sample at a time: wrap it in f(prompts, completions, **columns)"
+        raise UserError(
+            f"reward {self.reward.name!r} needs an argument {missing[0]!r}, and there is no such column"
+            f"{nearest(missing[0], columns)}",
+            reason=f"the data set's columns are {', '.join(columns)}"
+            if columns
+            else "the data set has no further columns",
+            fix=fix,
+        )
+
+    def _log_extra(self, column: str, values: Iterable[Any]) -> None:
+        listed = list(values)
+        if len(listed) != len(self.rows):
+            raise UserError(
+                f"log_extra({column!r}, …) got {len(listed)} values for {len(self.rows)} completions",
+                reason="the column stands beside the completions in the logged table",
+                fix="give one value per completion, None where there is none",
+            )
+        self.extras[str(column)] = listed
+
+    def _log_metric(self, name: str, value: Any) -> None:
+        number = _number(value)
+        if number is None:
+            raise UserError(f"log_metric({name!r}, …) got {_shorten(value)}, which is no number", fix="log one number")
+        # As in TRL, a metric that is not defined for this batch does not spoil the mean.
+        if math.isfinite(number):
+            self.metrics.setdefault(str(name), []).append(number)
+
+    def _fault(self, error: BaseException, timeout: float) -> UserError:
+        name = self.reward.name
+        if isinstance(error, UserError):
+            return UserError(f"reward {name!r}: {error.problem}", reason=error.reason, fix=error.fix)
+        if isinstance(error, TimeLimitReached):
+            cause = error.__cause__
+            place = locate(cause, self.reward.file) if cause is not None else ""
+            where = f"it was interrupted at {place}" if place else str(error)
+            return UserError(
+                f"reward {name!r} did not finish within {timeout:g} seconds for {len(self.rows)} completions",
+                reason=where,
+                fix="make it faster, give its own requests a time limit, or raise rewards.timeout",
+            )
+        place = locate(error, self.reward.file)
+        return UserError(
+            f"reward {name!r} raised {type(error).__name__}: {error}",
+            reason=f"at {place}" if place else "",
+            fix="correct the function; return None for a row that it cannot judge",
+        )
+
+    def _checked(self, result: Any) -> list[float | None]:
+        name, expected = self.reward.name, len(self.rows)
+        per_row = "return a list with one number per completion, None where the reward does not apply"
+        if getattr(result, "ndim", None) == 1 and hasattr(result, "tolist"):
+            result = result.tolist()
+        if not isinstance(result, (list, tuple)):
+            forgotten = result is None
+            raise UserError(
+                f"reward {name!r} returned {'None' if forgotten else type(result).__name__}, not a list",
+                reason="a return statement is missing" if forgotten else f"it returned {_shorten(result)}",
+                fix=per_row,
+            )
+        if len(result) != expected:
+            raise UserError(
+                f"reward {name!r} returned {len(result)} values for {expected} completions",
+                reason="a value must belong to its completion",
+                fix=per_row,
+            )
+        return [None if value is None else self._checked_value(i, value) for i, value in enumerate(result)]
+
+    def _checked_value(self, index: int, value: Any) -> float:
+        number = _number(value)
+        if number is not None and math.isfinite(number):
+            return number
+        shown = f"{_shorten(value)} ({type(value).__name__})" if number is None else f"{number}"
+        raise UserError(
+            f"reward {self.reward.name!r} returned {shown} for row {index}\n{self.rows[index].describe()}",
+            reason="a value must be a number"
+            if number is None
+            else "one such value spoils every advantage of its group",
+            fix="return a finite number, or None where the reward does not apply",
+        )
+
+
+def _number(value: Any) -> float | None:
+    """The value as a float, if it is one number (also of numpy or a 0-d tensor); None if it is something else."""
+    if isinstance(value, (str, bytes, bytearray)) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        return None
+
+
+def _completion(row: Row) -> str | list[dict[str, Any]]:
+    return [{"role": "assistant", "content": row.text}] if row.prompt.conversational else row.text
+
+
+def _own_copy(value: Any) -> Any:
+    if type(value) is list:
+        if _IMMUTABLE.issuperset(map(type, value)):  # long lists of numbers or strings, at C speed
+            return value[:]
+        return [_own_copy(v) for v in value]
+    if type(value) is dict:
+        return {k: _own_copy(v) for k, v in value.items()}
+    return value
+
+
+def _shorten(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[-1], dict) and "content" in value[-1]:
+        value = value[-1]["content"]
+    text = repr(value)
+    if len(text) <= _SHOWN_CHARACTERS:
+        return text
+    half = _SHOWN_CHARACTERS // 2
+    return f"{text[:half]} … {text[-half:]}"

@@ -1,0 +1,189 @@
+r"""Whether a completion's answer equals the known one, as math-verify judges it.
+
+math-verify takes milliseconds per answer and half a second to import, so two plain numbers are compared directly,
+in a domain where that gives math-verify's own verdict.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+import threading
+from decimal import Decimal
+from functools import lru_cache
+from typing import Any, Literal
+
+from tandem.rewards.base import RESERVED, completion_text
+from tandem.rewards.text_format import boxed_contents
+from tandem.rl.errors import UserError
+
+GOLD_COLUMNS = ("answer", "solution", "ground_truth")
+"""Columns that may hold the known answer; the first that has a value counts."""
+
+_INTEGER = re.compile(r"-?(?:0|[1-9]\d{0,14})", re.ASCII)
+_THOUSANDS = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3}){1,4}", re.ASCII)
+# math-verify rounds to six places in about 15 significant digits; below that, equal means equal.
+_DECIMAL = re.compile(r"-?(?:0|[1-9]\d{0,5})\.\d{1,6}", re.ASCII)
+_DELIMITED = re.compile(r"\$|\\\(|\\\[")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+# Without one of these math-verify finds nothing to extract.
+_EXTRACTABLE = re.compile(r"[\d$\\\[]")
+
+Place = Literal["boxed", "tag", "text"]
+
+
+def math_answer(
+    completions: list[Any],
+    answer: list[Any] | None = None,
+    solution: list[Any] | None = None,
+    ground_truth: list[Any] | None = None,
+    boxed_only: bool = False,
+    seconds: int = 2,
+    **columns: Any,
+) -> list[float | None]:
+    r"""1.0 where the completion's answer equals the known one, 0.0 where it does not or there is none.
+
+    The completion's answer is looked for after its reasoning (in the last `<answer>…</answer>`, else after the last
+    `</think>`, else in all of it): the last `\boxed{…}`, else the last expression.
+
+    Args:
+        completions: texts or message lists.
+        answer, solution, ground_truth: the known answers; the first column with a value counts: a number, `"0.5"`,
+            LaTeX, a text with `\boxed{…}` or `$…$`, or GSM8K's `… #### 42`. A row without any gets None.
+        boxed_only: only an answer inside `\boxed{…}` counts.
+        seconds: time limit of math-verify for reading one answer and for comparing it; what takes longer is wrong. It
+            needs the main thread; elsewhere only the limit of the whole reward counts.
+
+    Raises:
+        UserError: none of the columns exists, or a known answer cannot be read.
+
+    >>> math_answer([r"6 × 7 = \boxed{42}", "It is 41."], answer=["42", "#### 42"])
+    [1.0, 0.0]
+    >>> math_answer(["<think>…</think><answer>1,000</answer>"], solution=[1000])
+    [1.0]
+    """
+    golds = [column for column in (answer, solution, ground_truth) if column is not None]
+    if not golds:
+        given = [name for name in columns if name not in RESERVED]
+        raise UserError(
+            f"math_answer found none of the columns {', '.join(GOLD_COLUMNS)}",
+            reason=f"the data set's columns are {', '.join(given)}" if given else "the data set has no further columns",
+            fix=f"rename the column of known answers to {GOLD_COLUMNS[0]!r}",
+        )
+    limit = seconds if threading.current_thread() is threading.main_thread() else None
+    results: list[float | None] = []
+    for row, completion in enumerate(completions):
+        gold = next((column[row] for column in golds if column[row] is not None), None)
+        if gold is None:
+            results.append(None)
+            continue
+        known = _gold_text(gold, row, limit)
+        found = extract_answer(completion_text(completion), boxed_only=boxed_only)
+        results.append(float(found is not None and _equal(known, *found, limit)))
+    return results
+
+
+def extract_answer(text: str, *, boxed_only: bool = False) -> tuple[str, Place] | None:
+    r"""The part of a completion that holds its answer, and where it was found; None if there is none.
+
+    >>> extract_answer(r"<think>\boxed{1}?</think> So \boxed{2}.")
+    ('2', 'boxed')
+    """
+    before, closing, _ = text.rpartition("</answer>")
+    _, tagged, content = before.rpartition("<answer>")
+    if closing and tagged:
+        text = content
+    else:
+        after_reasoning = text.rpartition("</think>")[2]
+        text = after_reasoning if after_reasoning.strip() else text
+    if boxed := boxed_contents(text):
+        return boxed[-1].strip(), "boxed"
+    if boxed_only or not text.strip():
+        return None
+    if tagged:
+        return text.strip(), "tag"
+    return (text.strip(), "text") if _EXTRACTABLE.search(text) else None
+
+
+def _gold_text(gold: Any, row: int, limit: int | None) -> str:
+    """The known answer as LaTeX or text. Raises UserError if math-verify cannot read it."""
+    text = _written(gold).rpartition("####")[2].strip()
+    if boxed := boxed_contents(text):
+        text = boxed[-1].strip()
+    if plain_number(text) is None and not _parse_gold(text, limit):
+        raise UserError(
+            f"the known answer of row {row} is {gold!r}, which cannot be read as a mathematical answer",
+            reason="nothing could ever equal it",
+            fix="give a number, LaTeX, or a text that ends in '#### ANSWER'; leave out or correct such rows",
+        )
+    return text
+
+
+def _written(gold: Any) -> str:
+    """A known answer as text; empty for what is neither a text nor a finite number."""
+    if isinstance(gold, str):
+        return gold
+    if isinstance(gold, bool):
+        return ""
+    if isinstance(gold, numbers.Rational):
+        return str(gold)
+    if isinstance(gold, (numbers.Real, Decimal)) and math.isfinite(gold):
+        return format(Decimal(str(gold)), "f")  # not 1e-07, which mathematics reads as a product
+    return ""
+
+
+def _equal(gold: str, answer: str, place: Place, limit: int | None) -> bool:
+    known, found = plain_number(gold), plain_number(answer)
+    if known is not None and found is not None:
+        return known == found
+    return _verified(gold, answer, place, limit)
+
+
+def plain_number(text: str) -> Decimal | None:
+    """The value of a plain integer or decimal (`-12`, `1,234`, `0.50`) that needs no mathematics to compare.
+
+    None for everything else, and for numbers with so many digits that math-verify's rounding would matter.
+    """
+    if _INTEGER.fullmatch(text) or _DECIMAL.fullmatch(text):
+        return Decimal(text)
+    if _THOUSANDS.fullmatch(text):
+        return Decimal(text.replace(",", ""))
+    return None
+
+
+# A group's completions share their known answer and often their own, and a slow one should be slow only once.
+@lru_cache(maxsize=16384)
+def _verified(gold: str, answer: str, place: Place, limit: int | None) -> bool:
+    from math_verify import verify
+
+    if place == "tag":
+        found = _parse_answer(answer, limit)
+    else:
+        found = _parse(f"\\boxed{{{answer}}}" if place == "boxed" else answer, limit)
+    return bool(found) and bool(verify(list(_parse_gold(gold, limit)), found, timeout_seconds=limit))
+
+
+@lru_cache(maxsize=16384)
+def _parse_gold(text: str, limit: int | None) -> tuple[Any, ...]:
+    return tuple(_parse_answer(text, limit)) if text else ()
+
+
+def _parse_answer(text: str, limit: int | None) -> list[Any]:
+    """Read an answer that may be LaTeX without delimiters, or a sentence that contains an expression."""
+    if _DELIMITED.search(text):
+        return _parse(text, limit)
+    boxed = f"\\boxed{{{text}}}"
+    sentence_first = len(_WORD.findall(text)) > 1
+    first, second = (text, boxed) if sentence_first else (boxed, text)
+    found = _parse(first, limit)
+    # A lone string is math-verify's way to say that it found something but could not read it.
+    if any(not isinstance(item, str) for item in found):
+        return found
+    return _parse(second, limit) or found
+
+
+def _parse(text: str, limit: int | None) -> list[Any]:
+    from math_verify import parse
+
+    return list(parse(text, parsing_timeout=limit))

@@ -1,0 +1,428 @@
+"""What the commands of `rl-train` do, in the order: read and check everything, then touch the device."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tandem.rewards.base import load_reward
+from tandem.rl.checkpoint import State, latest_checkpoint, read_state, restore
+from tandem.rl.columns import check_columns
+from tandem.rl.config import Config, DataConfig, EvalConfig, WarmupConfig
+from tandem.rl.config_file import load_config, save_config
+from tandem.rl.console import Console
+from tandem.rl.errors import UserError
+from tandem.rl.evaluate import Judge, eval_sampling, evaluate, training_sampling
+from tandem.rl.examples import load_supervised
+from tandem.rl.journal import drop_after, write_rollouts
+from tandem.rl.lora import attach_lora, load_adapter, trainable
+from tandem.rl.model import LanguageModel, load_model, load_tokenizer
+from tandem.rl.optim import make_optimizer
+from tandem.rl.prompts import load_prompts
+from tandem.rl.report import write_report
+from tandem.rl.rows import load_rows
+from tandem.rl.trackers import Trackers
+from tandem.rl.trainer import Trainer, TrainingData, policy_batch, total_steps, with_advantages
+from tandem.rollout.transformers_engine import TransformersEngine
+
+
+@dataclass
+class Inputs:
+    """What a run reads, checked and tokenised, before a model is loaded."""
+
+    tokenizer: Any
+    data: TrainingData
+    judge: Judge
+
+
+def prepare(config: Config, console: Console) -> Inputs:
+    """Read the data sets, load the rewards, tokenise.
+
+    Raises:
+        UserError: anything in them that the run would trip over.
+    """
+    quiet_libraries()
+    rl = config.algorithm.name == "grpo"
+    train_rows = _rows(config.data, config.data.dataset_train_split, "data")
+    eval_rows = _rows(config.eval, config.eval.dataset_test_split, "eval") if config.eval.dataset_name else None
+    warmup_rows = _rows(config.warmup, config.warmup.dataset_train_split, "warmup") if config.warmup.max_steps else None
+    kind = "rl" if rl else "sft"
+    check_columns(train_rows, kind, "data.dataset_name")
+    if eval_rows is not None:
+        check_columns(eval_rows, kind, "eval.dataset_name")
+    if warmup_rows is not None:
+        check_columns(warmup_rows, "sft", "warmup.dataset_name")
+    rewards = [
+        load_reward(s.function, name=s.name, weight=s.weight, kwargs=s.kwargs) for s in config.rewards.reward_funcs
+    ]
+    tokenizer = load_tokenizer(config.model)
+
+    def prompts(rows: Any) -> list:
+        if rows is None or not rl:
+            return []
+        return _prompts(rows, tokenizer, config, console)
+
+    def examples(rows: Any) -> list:
+        return [] if rows is None else _examples(rows, tokenizer, config, console)
+
+    data = TrainingData(
+        prompts=prompts(train_rows),
+        eval_prompts=prompts(eval_rows),
+        examples=[] if rl else examples(train_rows),
+        eval_examples=[] if rl else examples(eval_rows),
+        warmup=examples(warmup_rows),
+    )
+    return Inputs(tokenizer, data, Judge(rewards, tokenizer, config.rewards.timeout))
+
+
+def run(path: Path, overrides: list[str], *, dry_run: bool, console: Console) -> bool:
+    """`rl-train run`. Returns whether the run came to its end."""
+    config = load_config(path, overrides)
+    inputs = prepare(config, console)
+    if dry_run:
+        _show_plan(config, inputs, console)
+        return True
+    config = _with_free_folder(config, console)
+    run_dir = config.run_dir
+    run_dir.mkdir(parents=True)
+    save_config(config, run_dir / "config.yaml")
+    console.note(f"run folder: {run_dir}")
+    return _train(config, run_dir, inputs, State(), None, console)
+
+
+def resume(run_dir: Path, overrides: list[str], *, console: Console) -> bool:
+    """`rl-train resume`: go on from the newest checkpoint, or from the start if there is none yet."""
+    config = _config_of(run_dir, overrides)
+    checkpoint = latest_checkpoint(run_dir)
+    state = read_state(checkpoint) if checkpoint else State()
+    inputs = prepare(config, console)
+    save_config(config, run_dir / "config.yaml")
+    console.note(
+        f"resuming {run_dir} after step {state.step}" if checkpoint else f"{run_dir} has no checkpoint: from the start"
+    )
+    return _train(config, run_dir, inputs, state, checkpoint, console, resumed=True)
+
+
+def evaluate_run(target: Path, overrides: list[str], *, console: Console) -> dict[str, float]:
+    """`rl-train eval`: the held-out score of a run's adapter, or of a config's model as it is before training."""
+    run_dir = target if target.is_dir() else None
+    config = _config_of(run_dir, overrides) if run_dir else load_config(target, overrides)
+    if config.eval.dataset_name is None:
+        raise UserError(f"{target} has no evaluation data", fix="set eval.dataset_name")
+    if config.algorithm.name != "grpo":
+        raise UserError(
+            f"algorithm.name is {config.algorithm.name!r}: there are no rewards to score completions with",
+            fix="evaluate with a config whose rewards section says what is good",
+        )
+    inputs = prepare(config, console)
+    lm, engine, stop = _open_model(config, inputs)
+    if run_dir:
+        load_adapter(lm, _adapter_folder(run_dir))
+    step = read_state(c).step if run_dir and (c := latest_checkpoint(run_dir)) else 0
+    metrics, rows = evaluate(
+        engine, inputs.data.eval_prompts, inputs.judge, eval_sampling(config, stop), step, config.eval.score
+    )
+    if run_dir:
+        write_rollouts(run_dir, step, rows, kind="eval")
+    console.print_completions(rows, config.log.num_completions_to_print)
+    console.table(f"Held-out evaluation of {target}", [(k, f"{v:.4f}") for k, v in metrics.items()])
+    return metrics
+
+
+def check(path: Path, overrides: list[str], *, num_prompts: int, console: Console) -> None:
+    """`rl-train check`: sample and score a few completions and compare trainer and engine log-probs; no training."""
+    config = load_config(path, overrides)
+    inputs = prepare(config, console)
+    if config.algorithm.name != "grpo":
+        _show_plan(config, inputs, console)
+        return
+    lm, engine, stop = _open_model(config, inputs)
+    prompts = inputs.data.prompts[:num_prompts]
+    started = time.perf_counter()
+    groups = engine.generate(prompts, training_sampling(config, stop, config.seed))
+    generated = time.perf_counter() - started
+    scores = inputs.judge(groups, 0)
+    rows = with_advantages(scores.rows, config)
+    console.print_completions(rows, len(rows))
+    tokens = sum(len(c.ids) for g in groups for c in g.completions)
+    difference = _log_prob_difference(lm, config, rows)
+    facts = [
+        ("prompts × completions", f"{len(prompts)} × {config.rollout.num_generations}"),
+        ("tokens per second", f"{tokens / generated:.0f}"),
+        ("trainer against rollout log-probs", f"largest difference {difference:.2g}"),
+        *((f"seconds in {name}", f"{seconds:.3f}") for name, seconds in scores.seconds.items()),
+    ]
+    for name in config.reward_names():
+        values = [v for row in rows if (v := row.rewards[name]) is not None]
+        spread = (
+            f"mean {sum(values) / len(values):.3f}, {min(values):.3g} … {max(values):.3g}"
+            if values
+            else "never applies"
+        )
+        facts.append((f"reward {name}", spread))
+    console.table("Check", facts)
+    if all(row.advantage == 0 for row in rows):
+        console.warn("no group has a spread of rewards here, so nothing would be learned from these completions")
+
+
+def report(run_dir: Path, *, console: Console) -> Path:
+    """`rl-train report`."""
+    _config_of(run_dir, [])
+    path = write_report(run_dir)
+    console.note(f"report: {path}")
+    return path
+
+
+def _train(
+    config: Config,
+    run_dir: Path,
+    inputs: Inputs,
+    state: State,
+    checkpoint: Path | None,
+    console: Console,
+    *,
+    resumed: bool = False,
+) -> bool:
+    lm, engine, stop = _open_model(config, inputs)
+    optimizer = make_optimizer(trainable(lm), config.optim)
+    if checkpoint:
+        restore(checkpoint, lm, optimizer)
+    if resumed:
+        drop_after(run_dir, state.step if checkpoint else -1)
+    resume_step = (state.step if checkpoint else -1) if resumed else None
+    with (
+        Trackers(config, run_dir, resume_step=resume_step, warn=console.warn) as trackers,
+        _stop_on_signal(console) as stopped,
+    ):
+        trainer = Trainer(
+            config,
+            run_dir,
+            lm=lm,
+            engine=engine,
+            data=inputs.data,
+            judge=inputs.judge,
+            stop_token_ids=stop,
+            optimizer=optimizer,
+            state=state,
+            trackers=trackers,
+            console=console,
+            should_stop=lambda: bool(stopped),
+        )
+        started = time.perf_counter()
+        finished = trainer.fit()
+        elapsed = time.perf_counter() - started
+        if finished:
+            trackers.summary(_summary(config, run_dir, state))
+    engine.close()
+    if not finished:
+        console.note(f"stopped after step {state.step} with a checkpoint; go on with: rl-train resume {run_dir}")
+        return False
+    _show_result(config, run_dir, state, write_report(run_dir), elapsed, console)
+    return True
+
+
+def _open_model(config: Config, inputs: Inputs) -> tuple[LanguageModel, TransformersEngine, tuple[int, ...]]:
+    from tandem.rl.chat import stop_token_ids
+
+    lm = load_model(config.model, inputs.tokenizer)
+    attach_lora(lm, config.lora, seed=config.seed)
+    if config.train.gradient_checkpointing or (
+        config.train.gradient_checkpointing is None and lm.device.type == "cuda"
+    ):
+        lm.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    stop = stop_token_ids(lm.tokenizer, lm.causal_lm.generation_config, config.rollout.stop_token_ids)
+    return lm, TransformersEngine(lm, max_in_flight=config.rollout.max_in_flight), stop
+
+
+def _rows(section: DataConfig | EvalConfig | WarmupConfig, split: str, name: str) -> Any:
+    assert section.dataset_name is not None
+    return load_rows(
+        section.dataset_name,
+        config_name=section.dataset_config,
+        split=split,
+        kwargs=section.dataset_kwargs,
+        max_examples=getattr(section, "max_examples", None),
+        what=f"{name}.dataset_name",
+    )
+
+
+def _prompts(rows: Any, tokenizer: Any, config: Config, console: Console) -> list:
+    limit = config.data.max_prompt_length
+    if limit is None and config.model.max_length is not None:
+        limit = config.model.max_length - config.rollout.max_completion_length
+    prompts, dropped = load_prompts(
+        rows,
+        tokenizer,
+        system_prompt=config.data.system_prompt,
+        max_prompt_length=limit,
+        chat_template_kwargs=config.model.chat_template_kwargs,
+    )
+    if dropped:
+        console.warn(f"{dropped} prompts are longer than {limit} tokens and left out (data.max_prompt_length)")
+    return prompts
+
+
+def _examples(rows: Any, tokenizer: Any, config: Config, console: Console) -> list:
+    examples, changed = load_supervised(
+        rows,
+        tokenizer,
+        completion_only_loss=config.data.completion_only_loss,
+        assistant_only_loss=config.data.assistant_only_loss,
+        max_length=config.model.max_length,
+        system_prompt=config.data.system_prompt,
+        chat_template_kwargs=config.model.chat_template_kwargs,
+    )
+    if changed:
+        console.warn(f"{changed} examples are longer than model.max_length and were cut or left out")
+    return examples
+
+
+def _with_free_folder(config: Config, console: Console) -> Config:
+    """A run never writes into another's folder: the second `demo` becomes `demo-2`."""
+    name, number = config.run_name, 1
+    while (Path(config.output_dir) / name).exists():
+        number += 1
+        name = f"{config.run_name}-{number}"
+    if number > 1:
+        console.note(f"{config.run_dir} exists, so this run is named {name}")
+    return config.model_copy(update={"run_name": name})
+
+
+def _config_of(run_dir: Path, overrides: list[str]) -> Config:
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(
+            f"{run_dir} is no run folder: it has no config.yaml", fix="give a folder that rl-train run made"
+        )
+    config = load_config(run_dir / "config.yaml", overrides)
+    # A run folder that was moved or renamed is still the same run.
+    return config.model_copy(update={"output_dir": str(run_dir.parent), "run_name": run_dir.resolve().name})
+
+
+def _adapter_folder(run_dir: Path) -> Path:
+    if (run_dir / "adapter" / "adapter_model.safetensors").is_file():
+        return run_dir / "adapter"
+    if checkpoint := latest_checkpoint(run_dir):
+        return checkpoint
+    raise UserError(f"{run_dir} has neither an adapter nor a checkpoint yet", fix="evaluate after the first checkpoint")
+
+
+def _log_prob_difference(lm: LanguageModel, config: Config, rows: list) -> float:
+    import torch
+
+    from tandem.rl.model import with_sampling
+    from tandem.rl.packing import pack
+    from tandem.rl.step import sequence_log_probs
+
+    rollout = config.rollout
+    head = with_sampling(
+        lm.head,
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        chunk_size=config.train.logprob_chunk_size,
+    )
+    batch = policy_batch(rows, mask_truncated=False)
+    own = sequence_log_probs(lm, pack(batch.sequences, 4096), len(rows), head)
+    return max(
+        float((a.cpu() - torch.tensor(b)).abs().max()) for a, b in zip(own, batch.rollout_log_probs, strict=True)
+    )
+
+
+def _show_plan(config: Config, inputs: Inputs, console: Console) -> None:
+    data = inputs.data
+    rows = data.prompts or data.examples
+    facts: list[tuple[str, str]] = [
+        ("model", config.model.model_name_or_path),
+        ("algorithm", config.algorithm.name),
+        ("rows", f"{len(rows)} to train on, {len(data.eval_prompts or data.eval_examples)} held out"),
+        ("optimiser steps", str(total_steps(config, len(rows)))),
+    ]
+    if data.prompts:
+        lengths = [len(p.ids) for p in data.prompts]
+        facts += [
+            ("completions per rollout", f"{config.prompts_per_rollout} prompts × {config.rollout.num_generations}"),
+            ("prompt tokens", f"{min(lengths)} … {max(lengths)}"),
+            ("rewards", ", ".join(config.reward_names())),
+            ("first prompt", inputs.tokenizer.decode(data.prompts[0].ids)),
+        ]
+    else:
+        lengths = [e.num_tokens for e in data.examples]
+        facts += [
+            ("tokens per example", f"{min(lengths)} … {max(lengths)}"),
+            ("first example", inputs.tokenizer.decode(data.examples[0].prompt_ids + data.examples[0].completion_ids)),
+        ]
+    console.table("Plan (nothing was trained)", facts)
+
+
+def _summary(config: Config, run_dir: Path, state: State) -> dict[str, Any]:
+    before, after = state.scores.get(0), state.scores.get(state.step)
+    return {
+        "score_name": "held-out loss" if config.algorithm.name == "sft" else (config.eval.score or "reward"),
+        "score_before": before,
+        "score_after": after,
+        "steps": state.step,
+        "num_tokens": state.num_tokens,
+        "seconds": round(state.seconds, 3),
+        "tokens_per_second": round(state.num_tokens / state.seconds, 1) if state.seconds else None,
+        "skipped_updates": state.skipped_updates,
+        "adapter": str(run_dir / "adapter"),
+    }
+
+
+def _show_result(
+    config: Config, run_dir: Path, state: State, report_path: Path, elapsed: float, console: Console
+) -> None:
+    facts = _summary(config, run_dir, state)
+
+    def number(value: float | None) -> str:
+        return "not measured" if value is None else f"{value:.3f}"
+
+    console.summary(
+        [
+            (f"{facts['score_name']} before", number(facts["score_before"])),
+            (f"{facts['score_name']} after", number(facts["score_after"])),
+            ("steps", str(state.step)),
+            ("time", f"{elapsed:.0f} s, of which {state.seconds:.0f} s in training steps"),
+            ("tokens per second", f"{facts['tokens_per_second'] or 0:.0f} (prompt and completion, rollout and update)"),
+            ("run", str(run_dir)),
+            ("report", str(report_path)),
+            ("adapter", facts["adapter"]),
+        ]
+    )
+
+
+@contextmanager
+def _stop_on_signal(console: Console) -> Iterator[list[int]]:
+    """The first Ctrl-C (or SIGTERM) asks for a stop after the current step; a second one stops at once."""
+    received: list[int] = []
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+        console.note("stopping after this step with a checkpoint; once more to stop at once")
+
+    previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of the libraries would tear our own live display apart."""
+    import datasets
+    import transformers
+
+    datasets.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

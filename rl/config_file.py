@@ -1,0 +1,131 @@
+"""Reading and writing configs: YAML, `section.key=value` overrides, and errors a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from tandem.rl.config import Config
+from tandem.rl.errors import UserError
+
+# Fields whose value may name a file beside the config.
+_PATH_KEYS = {"dataset_name", "function", "init_from", "chat_template", "model_name_or_path"}
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read, override and check a config.
+
+    Relative file names in it are resolved against the config's own folder where such a file exists, so that a config
+    works from any working directory; `output_dir` stays relative to the working directory.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, or a key or value is wrong.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config {str(path)!r}: {error}", fix="give the path of a YAML file") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(
+            f"{path} holds {type(raw).__name__}, not a mapping of sections", fix="start from a file in examples/"
+        )
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return parse_config(_resolve_paths(raw, path.resolve().parent), source=str(path))
+
+
+def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
+    """Check a plain mapping. Raises UserError with every problem in it."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        problems = [_explain(e) for e in error.errors()]
+        raise UserError(f"{source}: " + "\n".join(problems)) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config; the file is itself runnable."""
+    path.write_text(
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(
+            f"override {override!r} is not of the form section.key=value", fix="for example train.max_steps=20"
+        )
+    node, parts = raw, key.strip().split(".")
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {part!r} is not a section")
+    try:
+        node[parts[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
+
+
+def _resolve_paths(node: Any, folder: Path, key: str = "") -> Any:
+    if isinstance(node, dict):
+        return {k: _resolve_paths(v, folder, str(k)) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_resolve_paths(v, folder, "function" if key == "reward_funcs" else key) for v in node]
+    if key == "reward_funcs":
+        key = "function"
+    if isinstance(node, str) and key in _PATH_KEYS and "://" not in node:
+        file, colon, function = node.rpartition(":") if ".py:" in node else (node, "", "")
+        candidate = folder / Path(file).expanduser()
+        if file and candidate.exists():
+            return f"{candidate}{colon}{function}"
+    return node
+
+
+def _explain(error: Any) -> str:
+    """One line for one of pydantic's errors: where, what was given, what is right."""
+    where = ".".join(str(p) for p in error["loc"])
+    if error["type"] == "extra_forbidden":
+        name = str(error["loc"][-1])
+        matches = difflib.get_close_matches(name, dict(all_keys()), n=1, cutoff=0.5)
+        section = ".".join(str(p) for p in error["loc"][:-1])
+        own = [k for k, full in all_keys() if full.rpartition(".")[0] == section]
+        near = difflib.get_close_matches(name, own, n=1, cutoff=0.6) or matches
+        hint = f"; did you mean {_full_name(near[0], section)!r}?" if near else f"; keys here are {', '.join(own)}"
+        return f"unknown key {where!r}{hint}"
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    given = f" (given: {error['input']!r})" if not isinstance(error["input"], dict) else ""
+    return f"{where}: {message}{given}"
+
+
+def _full_name(key: str, section: str) -> str:
+    names = [full for k, full in all_keys() if k == key]
+    return next((n for n in names if n.rpartition(".")[0] == section), names[0])
+
+
+def all_keys() -> Iterator[tuple[str, str]]:
+    """Every key of a config as (last part, full dotted name)."""
+    for name, field in Config.model_fields.items():
+        yield name, name
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            for key, inner in section.model_fields.items():
+                yield key, f"{name}.{key}"
+                for arg in get_args(inner.annotation):
+                    if isinstance(arg, type) and issubclass(arg, BaseModel):
+                        for leaf in arg.model_fields:
+                            yield leaf, f"{name}.{key}.{leaf}"

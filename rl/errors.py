@@ -1,0 +1,30 @@
+"""The one exception for mistakes that the user can fix."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in a config, a data set, a reward or a command line. The CLI prints it and exits with code 2.
+
+    Args:
+        problem: what is wrong, with the offending value.
+        reason: why that cannot work.
+        fix: what to change.
+    """
+
+    def __init__(self, problem: str, *, reason: str = "", fix: str = "") -> None:
+        self.problem, self.reason, self.fix = problem, reason, fix
+        super().__init__(
+            "\n".join(part for part in (problem, reason and f"Why: {reason}", fix and f"Fix: {fix}") if part)
+        )
+
+
+def short(value: object) -> str:
+    """A value as it appears in a message: its repr, cut."""
+    text = repr(value)
+    return text if len(text) <= 120 else text[:100] + " …"
+
+
+def cause(error: BaseException) -> str:
+    """A library's error in a message of ours."""
+    return f"{type(error).__name__}: {error}"

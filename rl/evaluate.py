@@ -1,0 +1,77 @@
+"""Rollouts with rewards, for training batches and for the held-out score: the same engine, the same functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tandem.rewards.base import Reward
+from tandem.rewards.compose import Scores, score
+from tandem.rl.chat import completion_text
+from tandem.rl.config import Config
+from tandem.rl.metrics import rollout_metrics
+from tandem.rl.samples import Group, Prompt, Sampling, Scored
+from tandem.rollout.engine import RolloutEngine
+
+# Evaluation draws from a stream of its own, the same one every time, so that scores before and after compare.
+_EVAL_SEED = -1
+
+
+@dataclass
+class Judge:
+    """The reward functions of a run with what they need to be called.
+
+    Attributes:
+        rewards: in the order of the config.
+        tokenizer: decodes completions.
+        timeout: seconds per call of one function. max_steps: steps of the whole run, for `trainer_state`.
+    """
+
+    rewards: list[Reward]
+    tokenizer: Any
+    timeout: float
+    max_steps: int = 0
+
+    def __call__(self, groups: list[Group], step: int) -> Scores:
+        return score(
+            groups,
+            self.rewards,
+            lambda ids: completion_text(self.tokenizer, ids),
+            timeout=self.timeout,
+            global_step=step,
+            max_steps=self.max_steps,
+        )
+
+
+def training_sampling(config: Config, stop_token_ids: tuple[int, ...], seed: int) -> Sampling:
+    rollout = config.rollout
+    return Sampling(
+        num_generations=rollout.num_generations,
+        max_completion_length=rollout.max_completion_length,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop_token_ids=stop_token_ids,
+        seed=seed,
+    )
+
+
+def eval_sampling(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling:
+    return Sampling(
+        num_generations=config.eval.num_generations,
+        max_completion_length=config.rollout.max_completion_length,
+        temperature=config.eval.temperature,
+        stop_token_ids=stop_token_ids,
+        seed=_EVAL_SEED,
+    )
+
+
+def evaluate(
+    engine: RolloutEngine, prompts: list[Prompt], judge: Judge, sampling: Sampling, step: int, score_name: str | None
+) -> tuple[dict[str, float], list[Scored]]:
+    """Metrics under `eval/` and the scored completions. `eval/score` is the mean of the reward `score_name`, or of
+    the weighted total."""
+    rows = judge(engine.generate(prompts, sampling), step).rows
+    metrics = {f"eval/{name}": value for name, value in rollout_metrics(rows).items()}
+    metrics["eval/score"] = metrics[f"eval/rewards/{score_name}/mean"] if score_name else metrics["eval/reward"]
+    return metrics, rows

@@ -1,0 +1,202 @@
+"""The numbers of a step: statistics over micro-batches, and what is known once a rollout batch is scored."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tandem.rl.samples import Scored
+
+How = Literal["mean", "sum", "min", "max", "std"]
+_HOWS = ("mean", "sum", "min", "max", "std")
+
+# A group counts as having no spread at or below this, the absolute tolerance of `torch.isclose` that TRL uses.
+_ZERO_STD = 1e-8
+
+
+@dataclass
+class _Series:
+    how: How
+    values: array[float] = field(default_factory=lambda: array("d"))
+    weights: array[float] = field(default_factory=lambda: array("d"))
+
+
+class Meter:
+    """Named statistics, fed pack by pack, whose result does not depend on how the data was cut into packs.
+
+    Values are kept in float64 (16 bytes each with their weight) until `result`, and sums are correctly rounded
+    (`math.fsum`), so that the order and the number of the calls change no bit of the outcome.
+    """
+
+    def __init__(self) -> None:
+        self._series: dict[str, _Series] = {}
+
+    def add(self, name: str, values: Any, how: How = "mean", weight: Any = None) -> None:
+        """Take in values under a name.
+
+        Args:
+            name: name of the metric; the order of first use is the order of `result`.
+            values: a number, a (nested) sequence of numbers, or a tensor or array of any shape.
+            how: the statistic. `std` is the sample standard deviation (n - 1), nan for fewer than two values.
+            weight: how often a value counts: one number for all, or as many as there are values, for example a loss
+                mask [B, L] or the number of tokens behind a mean. Values of weight 0 are left out, nan or not.
+
+        Raises:
+            ValueError: an unknown `how`, a name that was used with another one, weights of another size, or a
+                negative weight.
+        """
+        if how not in _HOWS:
+            raise ValueError(f"how={how!r} for metric {name!r}; use one of {', '.join(_HOWS)}")
+        series = self._series.setdefault(name, _Series(how))
+        if series.how != how:
+            raise ValueError(f"metric {name!r} was added with how={series.how!r} before and now with how={how!r}")
+        numbers = _numbers(values)
+        if weight is None:
+            series.values.extend(numbers)
+            series.weights.extend([1.0] * len(numbers))
+            return
+        weights = _weights(name, weight, len(numbers))
+        kept = [(v, w) for v, w in zip(numbers, weights, strict=True) if w != 0.0]
+        series.values.extend(v for v, _ in kept)
+        series.weights.extend(w for _, w in kept)
+
+    def result(self) -> dict[str, float]:
+        """Every statistic by its name. Without any value a sum is 0 and everything else nan."""
+        return {name: _statistic(series) for name, series in self._series.items()}
+
+
+def _numbers(values: Any) -> list[float]:
+    # Tensors and arrays know `reshape` and `tolist`; neither torch nor numpy needs to be imported for that.
+    if hasattr(values, "tolist"):
+        if hasattr(values, "reshape"):
+            values = values.reshape(-1)
+        values = values.tolist()
+        if isinstance(values, list):
+            return values  # flat and made of numbers, so there is nothing to convert: tensors are large
+    if isinstance(values, Iterable) and not isinstance(values, str):
+        return [number for value in values for number in _numbers(value)] if _nested(values) else _floats(values)
+    return [float(values)]
+
+
+def _nested(values: Iterable[Any]) -> bool:
+    return isinstance(values, Sequence) and any(not isinstance(v, (int, float)) for v in values)
+
+
+def _floats(values: Iterable[Any]) -> list[float]:
+    return [float(v) for v in values]
+
+
+def _weights(name: str, weight: Any, count: int) -> list[float]:
+    weights = _numbers(weight)
+    if len(weights) == 1:
+        weights = weights * count
+    if len(weights) != count:
+        raise ValueError(f"metric {name!r} has {count} values but {len(weights)} weights")
+    if any(not w >= 0.0 for w in weights):
+        raise ValueError(f"metric {name!r} has a negative or nan weight")
+    return weights
+
+
+def _statistic(series: _Series) -> float:
+    values, weights = series.values, series.weights
+    if series.how == "sum":
+        return _dot(values, weights)
+    if not values:
+        return math.nan
+    if series.how in ("min", "max"):
+        if any(math.isnan(v) for v in values):
+            return math.nan
+        return min(values) if series.how == "min" else max(values)
+    count = math.fsum(weights)
+    mean = _dot(values, weights) / count
+    if series.how == "mean":
+        return mean
+    if count <= 1.0:
+        return math.nan
+    return math.sqrt(_dot([(v - mean) ** 2 for v in values], weights) / (count - 1.0))
+
+
+def _dot(values: Iterable[float], weights: Iterable[float]) -> float:
+    products = [v * w for v, w in zip(values, weights, strict=True)]
+    if all(math.isfinite(p) for p in products):
+        return math.fsum(products)
+    return sum(products)  # fsum refuses opposite infinities; the plain sum gives the nan that belongs there
+
+
+def rollout_metrics(rows: Sequence[Scored]) -> dict[str, float]:
+    """Rewards and lengths of one scored batch, by TRL's names and definitions.
+
+    A row to which no reward applies counts in the lengths and in no reward statistic. Standard deviations are sample
+    deviations (n - 1) and nan for fewer than two values. `reward_std` is taken over the whole batch, as TRL logs it;
+    `frac_reward_zero_std` is the share of completions whose group's rewards are all equal, thus without advantage
+    (a group of one completion counts as such).
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError("rollout_metrics needs at least one completion")
+    totals = [_total(row) for row in rows]
+    metrics = {
+        "reward": _nan_mean(totals),
+        "reward_std": _nan_std(totals),
+        "frac_reward_zero_std": _share_without_spread(rows, totals),
+    }
+    for name in reward_names(rows):
+        values = [_or_nan(row.rewards.get(name)) for row in rows]
+        metrics[f"rewards/{name}/mean"] = _nan_mean(values)
+        metrics[f"rewards/{name}/std"] = _nan_std(values)
+    return metrics | _lengths(rows)
+
+
+def reward_names(rows: Iterable[Scored]) -> list[str]:
+    """Names of the reward functions, in order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row.rewards))
+
+
+def _total(row: Scored) -> float:
+    applicable = not row.rewards or any(value is not None for value in row.rewards.values())
+    return row.reward if applicable else math.nan
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _share_without_spread(rows: Sequence[Scored], totals: list[float]) -> float:
+    groups: dict[int, list[float]] = {}
+    for row, total in zip(rows, totals, strict=True):
+        groups.setdefault(row.group, []).append(total)
+    flat = sum(len(g) for g in groups.values() if len(g) == 1 or _nan_std(g) <= _ZERO_STD)
+    return flat / len(rows)
+
+
+def _lengths(rows: Sequence[Scored]) -> dict[str, float]:
+    lengths = [len(row.completion.ids) for row in rows]
+    # TRL reports 0 where no completion ended by itself.
+    terminated = [len(row.completion.ids) for row in rows if not row.completion.truncated] or [0]
+    return {
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": sum(row.completion.truncated for row in rows) / len(rows),
+        "completions/mean_terminated_length": sum(terminated) / len(terminated),
+        "completions/min_terminated_length": float(min(terminated)),
+        "completions/max_terminated_length": float(max(terminated)),
+    }
+
+
+def _nan_mean(values: Iterable[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
+def _nan_std(values: Iterable[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    if len(known) < 2:
+        return math.nan
+    mean = math.fsum(known) / len(known)
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in known) / (len(known) - 1))

@@ -1,0 +1,251 @@
+"""The language model: one frozen base, loaded once, with its tokenizer and its head described as data.
+
+Trainer and embedded rollout engine share this object. The transformer body runs through Hugging Face's own forward;
+the head is applied by `tandem.kernels.linear_logprob`, which never holds all logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tandem.kernels.linear_logprob import HeadOptions, head_logits
+from tandem.kernels.packed_attention import PackLayout, packed_attention
+from tandem.rl.config import ModelConfig
+from tandem.rl.errors import UserError
+from tandem.rl.weights import resolve_model
+
+PACKED = "tandem_packed"
+
+
+@dataclass
+class LanguageModel:
+    """A causal language model and what is needed to run it.
+
+    Attributes:
+        model: transformers' model, wrapped by peft once an adapter is attached.
+        tokenizer: its tokenizer, with a pad token.
+        device, dtype: where and in what type it computes.
+        head: how logits follow from hidden states (scale and soft-cap; temperature is set by the caller).
+        max_length: longest sequence in tokens.
+    """
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    head: HeadOptions
+    max_length: int
+
+    @property
+    def causal_lm(self) -> Any:
+        """The `...ForCausalLM` instance, inside peft's wrapper if there is one."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def backbone(self) -> Any:
+        """The body without the head."""
+        return self.causal_lm.get_decoder()
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        return self.causal_lm.get_output_embeddings().weight
+
+    @property
+    def head_bias(self) -> torch.Tensor | None:
+        return getattr(self.causal_lm.get_output_embeddings(), "bias", None)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[N, d]` -> `[N, V]` float32 logits, soft-capped and scaled as the model does, temperature 1."""
+        return head_logits(hidden, self.head_weight, self.head_bias, self.head)
+
+    def packed_hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, layout: PackLayout) -> torch.Tensor:
+        """Last hidden states `[T, d]` of a pack `[T]`. Must run inside `packed()`."""
+        out = self.backbone(
+            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, packed_layout=layout
+        )
+        return out.last_hidden_state[0]
+
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """Attention by pack layout while this is open; the model's own attention before and after."""
+        before = self.causal_lm.config._attn_implementation
+        self.causal_lm.set_attn_implementation(PACKED)
+        try:
+            yield
+        finally:
+            self.causal_lm.set_attn_implementation(before)
+
+
+def load_model(config: ModelConfig, tokenizer: Any) -> LanguageModel:
+    """Load the base model.
+
+    Raises:
+        UserError: the model cannot be found or loaded, or its head does something that we do not compute.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _register_packed_attention()
+    device = _device(config)
+    dtype = _dtype(config, device)
+    source = resolve_model(config.model_name_or_path)
+    options: dict[str, Any] = {}
+    if config.load_in_4bit:
+        options["quantization_config"] = _nf4(dtype)
+    if config.load_in_4bit or device.type == "cuda":
+        options["device_map"] = {"": str(device)}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=config.revision,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=config.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"cannot load the model {config.model_name_or_path!r}: {_first_lines(error)}",
+            fix="give a hub id, a local folder in Hugging Face's format or pkg://PACKAGE/FILE.gguf; "
+            "without access to a hub, download the model first and give its folder",
+        ) from error
+    model.requires_grad_(False)
+    model.eval()
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+    loaded = LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        head=_head_options(model),
+        max_length=min(config.max_length or limit, limit),
+    )
+    _check_head(loaded)
+    return loaded
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer, with a pad token (its end token where it has none) and the config's chat template.
+
+    Raises:
+        UserError: it cannot be found or loaded.
+    """
+    from transformers import AutoTokenizer
+
+    from tandem.rl.chat import set_chat_template
+
+    source = resolve_model(config.model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"cannot load the tokenizer of {config.model_name_or_path!r}: {_first_lines(error)}",
+            fix="the model's folder must hold its tokenizer files (tokenizer.json, tokenizer_config.json)",
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if config.chat_template:
+        set_chat_template(tokenizer, config.chat_template)
+    return tokenizer
+
+
+def _register_packed_attention() -> None:
+    """Offer our attention under a name, through transformers' public registry; nobody gets it who does not ask.
+
+    No mask function is registered beside it: transformers then builds no mask, which is what a pack needs.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED, _attention_for_transformers)
+
+
+def _attention_for_transformers(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None, **kwargs
+):
+    """transformers' attention signature: `[1, H, T, D]` in, (`[1, T, H, D]`, no weights) out."""
+    layout = kwargs.get("packed_layout")
+    if layout is None:
+        raise RuntimeError(
+            f"{type(module).__name__} does not pass keyword arguments on to its attention, which packing needs"
+        )
+    if kwargs.get("s_aux") is not None or dropout:
+        raise RuntimeError(f"{type(module).__name__} uses attention sinks or dropout, which packing does not compute")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    window = sliding_window if sliding_window is not None else getattr(module, "sliding_window", None)
+    out = packed_attention(query[0], key[0], value[0], layout, scale=scale, window=window, softcap=softcap)
+    return out.transpose(0, 1).unsqueeze(0).contiguous(), None
+
+
+def _device(config: ModelConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "model.device is cuda, but torch sees no GPU", fix="set model.device=auto, or install a CUDA torch"
+        )
+    if config.device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda:0" if config.device == "cuda" else "cpu")
+
+
+def _dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        # bfloat16 matrix products are emulated on most CPUs, a hundred times slower than float32.
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+
+
+def _nf4(dtype: torch.dtype) -> Any:
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("model.load_in_4bit needs bitsandbytes", fix="pip install 'tandem-rl[quantization]'")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _head_options(model: Any) -> HeadOptions:
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        scale = 1.0 / divisor
+    return HeadOptions(
+        scale=1.0 if scale is None else float(scale), softcap=getattr(config, "final_logit_softcapping", None)
+    )
+
+
+@torch.no_grad()
+def _check_head(loaded: LanguageModel) -> None:
+    """Our head against the model's own on a few tokens: a model that does something else there is refused, not trained
+    wrongly."""
+    ids = torch.arange(1, 9, device=loaded.device)[None] % loaded.head_weight.shape[0]
+    own = loaded.causal_lm(input_ids=ids, use_cache=False).logits[0].float()
+    ours = loaded.logits(loaded.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+    error = (own.log_softmax(-1) - ours.log_softmax(-1)).abs().max().item()
+    tolerance = 1e-3 if loaded.dtype == torch.float32 else 0.25
+    if not error <= tolerance:
+        raise UserError(
+            f"{type(loaded.causal_lm).__name__} computes its logits in a way that is not known here "
+            f"(log-probs differ by {error:.3g})",
+            reason="log-probs would not be the model's",
+            fix="use a model whose head is linear, with an optional scale and soft-cap",
+        )
+
+
+def _first_lines(error: BaseException, most: int = 3) -> str:
+    return " ".join(str(error).strip().splitlines()[:most]) or type(error).__name__
+
+
+def with_sampling(head: HeadOptions, *, temperature: float, top_k: int, top_p: float, chunk_size: int) -> HeadOptions:
+    """The head's options for the distribution that completions are drawn from."""
+    return replace(head, temperature=temperature, top_k=top_k, top_p=top_p, chunk_size=chunk_size)

@@ -1,0 +1,131 @@
+"""The data that passes between the stages of a step: prompts, rollouts, rewards, training sequences.
+
+Plain dataclasses without torch, so that reward code and the command line can use them at no cost.
+Token ids are the truth: text is decoded from them for rewards and logs and never tokenised again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a prompt data set, tokenised once.
+
+    Attributes:
+        index: row number in its data set; seeds the random streams of its completions.
+        ids: token ids that the engine continues.
+        prompt: the row's `prompt` as the user wrote it, a string or a list of messages; rewards receive it.
+        columns: the row's other columns; rewards receive them by name.
+    """
+
+    index: int
+    ids: list[int]
+    prompt: str | Messages
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def conversational(self) -> bool:
+        return not isinstance(self.prompt, str)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+        num_generations: completions per prompt.
+        max_completion_length: most tokens per completion, the stop token included.
+        temperature: 0 means greedy (log-probs are then those of the temperature-1 distribution).
+        top_p: nucleus mass, 1.0 = off. top_k: 0 = off. Both renormalise, and the log-probs are those of the
+            renormalised distribution.
+        stop_token_ids: ids that end a completion; the stop token belongs to the completion.
+        seed: with the prompt's index and the number of the completion it seeds that completion's own random stream.
+    """
+
+    num_generations: int = 1
+    max_completion_length: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass
+class Completion:
+    """One sampled continuation.
+
+    Attributes:
+        ids: sampled token ids, the stop token included when there was one.
+        log_probs: log-probability of each id under the distribution that it was drawn from, same length as `ids`.
+        truncated: ended by the length limit, not by a stop token.
+    """
+
+    ids: list[int]
+    log_probs: list[float]
+    truncated: bool
+
+
+@dataclass
+class Group:
+    """A prompt and the completions drawn for it."""
+
+    prompt: Prompt
+    completions: list[Completion]
+
+
+@dataclass
+class Scored:
+    """One completion with everything that was said about it.
+
+    Attributes:
+        text: the completion decoded without special tokens.
+        rewards: each reward function's own value by its name; None where a reward does not apply to this row.
+        reward: the weighted total.
+        advantage: filled in once the whole batch is scored.
+    """
+
+    prompt: Prompt
+    completion: Completion
+    group: int
+    text: str
+    rewards: dict[str, float | None]
+    reward: float
+    advantage: float = 0.0
+
+
+@dataclass
+class Sequence:
+    """One sequence to train on.
+
+    Attributes:
+        prompt_ids: leading tokens, never scored; at least one token, since nothing predicts the first token.
+            Sequences of one `family` have equal prompts, and a pack may hold that prompt once.
+        completion_ids: the tokens that follow.
+        mask: which of `completion_ids` carry loss, same length (False: tool output, user turns).
+        family: sequences with the same number share their prompt; -1 shares with none.
+        unit: sequences with the same number must lie in one pack (the two halves of a preference pair); -1: free.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    mask: list[bool]
+    family: int = -1
+    unit: int = -1
+
+    def __post_init__(self) -> None:
+        assert self.prompt_ids, "a sequence needs at least one prompt token to predict from"
+        assert len(self.mask) == len(self.completion_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def num_scored(self) -> int:
+        return sum(self.mask)

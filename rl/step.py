@@ -1,0 +1,183 @@
+"""One optimiser step: packs through the model, the objective's gradient per token, the backward pass, the update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from tandem.kernels.linear_logprob import HeadOptions, linear_logprob
+from tandem.kernels.packed_attention import Family, PackLayout
+from tandem.rl.config import AlgorithmConfig
+from tandem.rl.metrics import Meter
+from tandem.rl.model import LanguageModel
+from tandem.rl.packing import Pack
+from tandem.rl.policy_loss import PolicyTokens, policy_loss, token_weights
+from tandem.rl.samples import Sequence
+
+
+@dataclass
+class PolicyBatch:
+    """What one optimiser step learns from. All lists go by sequence.
+
+    Attributes:
+        sequences: prompt and sampled tokens; masked-out sequences have no scored token but still count in averages.
+        advantages: one per sequence.
+        rollout_log_probs: the engine's log-probs of the scored tokens.
+        old_log_probs: the trainer's log-probs at the time of the rollout, `[scored tokens]` each; None: this is the
+            first step after the rollout, so they are those that the step itself computes.
+        ref_log_probs: the reference policy's; None: no KL term.
+    """
+
+    sequences: list[Sequence]
+    advantages: list[float]
+    rollout_log_probs: list[list[float]]
+    old_log_probs: list[torch.Tensor] | None = None
+    ref_log_probs: list[torch.Tensor] | None = None
+
+    def subset(self, indices: list[int]) -> PolicyBatch:
+        def pick(values):
+            return None if values is None else [values[i] for i in indices]
+
+        return PolicyBatch(
+            pick(self.sequences),
+            pick(self.advantages),
+            pick(self.rollout_log_probs),
+            pick(self.old_log_probs),
+            pick(self.ref_log_probs),
+        )
+
+
+def layout_of(pack: Pack) -> PackLayout:
+    """The families of a pack as its attention wants them."""
+    families: list[Family] = []
+    for segment in pack.segments:
+        if segment.parent < 0:
+            families.append(Family((segment.start, segment.end)))
+        else:
+            families[-1] = Family(families[-1].root, (*families[-1].children, (segment.start, segment.end)))
+    return PackLayout(families)
+
+
+def pack_log_probs(lm: LanguageModel, pack: Pack, head: HeadOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies `[N]` of a pack's scored tokens. Must run inside `lm.packed()`."""
+    hidden = lm.packed_hidden(
+        torch.tensor(pack.input_ids, device=lm.device),
+        torch.tensor(pack.position_ids, device=lm.device),
+        layout_of(pack),
+    )
+    rows = torch.tensor(pack.rows, device=lm.device)
+    targets = torch.tensor(pack.targets, device=lm.device)
+    return linear_logprob(hidden[rows], lm.head_weight, targets, bias=lm.head_bias, options=head)
+
+
+@torch.no_grad()
+def sequence_log_probs(
+    lm: LanguageModel, packs: list[Pack], num_sequences: int, head: HeadOptions
+) -> list[torch.Tensor]:
+    """Log-probs of every sequence's scored tokens, without gradients."""
+    empty = torch.empty(0, device=lm.device)
+    result = [empty] * num_sequences
+    with lm.packed():
+        for pack in packs:
+            log_probs, _ = pack_log_probs(lm, pack, head)
+            for index, part in zip(pack.sequences, log_probs.split(pack.counts), strict=True):
+                result[index] = part
+    return result
+
+
+def policy_backward(
+    lm: LanguageModel,
+    packs: list[Pack],
+    batch: PolicyBatch,
+    algorithm: AlgorithmConfig,
+    head: HeadOptions,
+    meter: Meter,
+    *,
+    max_completion_length: int,
+) -> None:
+    """Add the gradient of the batch's objective to the adapter's `.grad`; log what happened in `meter`."""
+    counts = [s.num_scored for s in batch.sequences]
+    weights = token_weights(algorithm.loss_type, counts, max_completion_length=max_completion_length)
+    with _training(lm):
+        for pack in packs:
+            log_probs, entropy = pack_log_probs(lm, pack, head)
+            tokens = _policy_tokens(pack, log_probs.detach(), batch, weights)
+            value = policy_loss(tokens, algorithm)
+            log_probs.backward(value.grad.to(log_probs.dtype))
+            meter.add("loss", value.loss, how="sum")
+            meter.add("entropy", entropy.detach())
+            for name, values in value.metrics.items():
+                meter.add(name, values)
+            _log_mismatch(meter, tokens, pack, batch)
+
+
+def supervised_backward(
+    lm: LanguageModel, packs: list[Pack], sequences: list[Sequence], head: HeadOptions, meter: Meter
+) -> None:
+    """Cross-entropy over all scored tokens of the batch: the log-prob kernel with g = −1/Σ tokens."""
+    total = sum(s.num_scored for s in sequences)
+    with _training(lm):
+        for pack in packs:
+            log_probs, entropy = pack_log_probs(lm, pack, head)
+            log_probs.backward(torch.full_like(log_probs, -1.0 / total))
+            meter.add("loss", -log_probs.detach())
+            meter.add("entropy", entropy.detach())
+
+
+def _policy_tokens(pack: Pack, log_probs: torch.Tensor, batch: PolicyBatch, weights: list[float]) -> PolicyTokens:
+    counts = torch.tensor(pack.counts, device=log_probs.device)
+
+    def per_token(values: list[float]) -> torch.Tensor:
+        chosen = torch.tensor([values[i] for i in pack.sequences], dtype=torch.float64, device=log_probs.device)
+        return chosen.repeat_interleave(counts)
+
+    def joined(values: list[torch.Tensor] | None) -> torch.Tensor | None:
+        return None if values is None else torch.cat([values[i] for i in pack.sequences])
+
+    old = joined(batch.old_log_probs)
+    return PolicyTokens(
+        log_probs=log_probs,
+        old_log_probs=log_probs if old is None else old,
+        advantages=per_token(batch.advantages),
+        weights=per_token(weights),
+        sequence=torch.arange(len(pack.counts), device=log_probs.device).repeat_interleave(counts),
+        num_sequences=len(pack.counts),
+        ref_log_probs=joined(batch.ref_log_probs),
+    )
+
+
+def _log_mismatch(meter: Meter, tokens: PolicyTokens, pack: Pack, batch: PolicyBatch) -> None:
+    """How far the engine's log-probs are from the trainer's at the time of the rollout, by TRL's names."""
+    rollout = torch.tensor(
+        [p for i in pack.sequences for p in batch.rollout_log_probs[i]],
+        dtype=torch.float64,
+        device=tokens.log_probs.device,
+    )
+    difference = tokens.old_log_probs.double() - rollout
+    meter.add("sampling/sampling_logp_difference/mean", difference.abs())
+    meter.add("sampling/sampling_logp_difference/max", difference.abs(), how="max")
+    ratio = difference.exp()
+    for how in ("min", "mean", "max"):
+        meter.add(f"sampling/importance_sampling_ratio/{how}", ratio, how=how)
+
+
+@contextmanager
+def _training(lm: LanguageModel) -> Iterator[None]:
+    """Train mode (dropout, checkpointing) and packed attention for the duration of a backward pass."""
+    with lm.packed():
+        lm.model.train()
+        try:
+            yield
+        finally:
+            lm.model.eval()
+
+
+def split_evenly(batch: PolicyBatch, parts: int, num_generations: int) -> Iterator[PolicyBatch]:
+    """Cut a rollout batch into `parts` optimiser batches of whole groups."""
+    size = len(batch.sequences) // parts
+    assert size % num_generations == 0
+    for i in range(parts):
+        yield batch.subset(list(range(i * size, (i + 1) * size)))

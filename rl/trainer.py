@@ -1,0 +1,327 @@
+"""The training loop. One rollout iteration is `_policy_iteration`, and it reads from top to bottom.
+
+Departures from the textbook algorithm, all configurable: the base model is frozen and an adapter is trained; the
+reference policy is the same model with the adapter off; a group's prompt is computed once; advantages and averages
+are taken over the whole batch before it is cut into packs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tandem.rl.advantages import group_advantages
+from tandem.rl.checkpoint import State, save_checkpoint
+from tandem.rl.config import Config
+from tandem.rl.console import Console
+from tandem.rl.evaluate import Judge, eval_sampling, evaluate, training_sampling
+from tandem.rl.journal import write_rollouts
+from tandem.rl.lora import save_adapter, trainable
+from tandem.rl.metrics import Meter, rollout_metrics
+from tandem.rl.model import LanguageModel, with_sampling
+from tandem.rl.optim import apply_gradients, learning_rate
+from tandem.rl.packing import pack
+from tandem.rl.prompts import PromptSampler
+from tandem.rl.samples import Prompt, Scored, Sequence
+from tandem.rl.step import PolicyBatch, policy_backward, sequence_log_probs, split_evenly, supervised_backward
+from tandem.rl.trackers import Trackers
+from tandem.rollout.engine import RolloutEngine
+
+
+@dataclass
+class TrainingData:
+    """Everything to learn from, tokenised. `prompts` for RL, `examples` for SFT, `warmup` for the SFT before RL."""
+
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    examples: list[Sequence]
+    eval_examples: list[Sequence]
+    warmup: list[Sequence]
+
+
+class Trainer:
+    """Trains an adapter from where `state` stands to the end of the run, or to the step after which it is stopped.
+
+    Args:
+        should_stop: asked after every step; True ends the run with a checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        *,
+        lm: LanguageModel,
+        engine: RolloutEngine,
+        data: TrainingData,
+        judge: Judge,
+        stop_token_ids: tuple[int, ...],
+        optimizer: torch.optim.Optimizer,
+        state: State,
+        trackers: Trackers,
+        console: Console,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self._config, self._run_dir = config, run_dir
+        self._lm, self._engine, self._data, self._judge = lm, engine, data, judge
+        self._stop_token_ids = stop_token_ids
+        self._optimizer, self._parameters = optimizer, trainable(lm)
+        self._state, self._trackers, self._console, self._should_stop = state, trackers, console, should_stop
+        rollout = config.rollout
+        self._head = with_sampling(
+            lm.head,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            chunk_size=config.train.logprob_chunk_size,
+        )
+        self._plain_head = with_sampling(
+            lm.head, temperature=1.0, top_k=0, top_p=1.0, chunk_size=config.train.logprob_chunk_size
+        )
+        self._max_tokens = config.train.max_tokens or (16384 if lm.device.type == "cuda" else 4096)
+        rows = len(data.prompts) if config.algorithm.name == "grpo" else len(data.examples)
+        self._sampler = PromptSampler(rows, seed=config.seed, shuffle=config.data.shuffle_dataset)
+        self._seconds: dict[str, float] = {}
+        self.total_steps = total_steps(config, rows)
+        judge.max_steps = self.total_steps
+
+    # The loop
+
+    def fit(self) -> bool:
+        """Train. Returns False if the run was stopped before its end."""
+        state, config = self._state, self._config
+        if not self._warm_up():
+            return False
+        if state.step == 0 and 0 not in state.scores and config.eval.eval_on_start:
+            self._evaluate()
+        self._console.start(self.total_steps, state.step)
+        iteration = self._policy_iteration if config.algorithm.name == "grpo" else self._supervised_iteration
+        while state.step < self.total_steps and not self._should_stop():
+            before = state.step
+            metrics = self._timed(iteration)
+            if self._due(before, config.log.logging_steps) or state.step >= self.total_steps:
+                self._trackers.log(state.step, metrics)
+                self._console.step(state.step, metrics)
+            if config.eval.eval_steps and self._due(before, config.eval.eval_steps):
+                self._evaluate()
+            if config.checkpoint.save_steps and self._due(before, config.checkpoint.save_steps):
+                self._save()
+        self._console.stop()
+        finished = state.step >= self.total_steps
+        if finished and state.step not in state.scores:
+            self._evaluate()
+        self._save()
+        save_adapter(self._lm, self._run_dir / "adapter")
+        return finished
+
+    def _warm_up(self) -> bool:
+        """Supervised steps on the same adapter before RL; False if stopped on the way."""
+        state, warmup = self._state, self._config.warmup
+        if state.warmup_step >= warmup.max_steps or state.step:
+            return True
+        sampler = PromptSampler(len(self._data.warmup), seed=self._config.seed, shuffle=True)
+        self._console.start(warmup.max_steps, state.warmup_step, label="warm-up")
+        batch = warmup.per_device_train_batch_size
+        while state.warmup_step < warmup.max_steps:
+            if self._should_stop():
+                self._save()
+                return False
+            meter = Meter()
+            rows = sampler.take(state.warmup_step * batch, batch)
+            self._supervised_update([self._data.warmup[i] for i in rows], warmup.learning_rate, meter)
+            state.warmup_step += 1
+            self._console.step(state.warmup_step, meter.result())
+        self._console.stop()
+        # RL starts with moments of its own: the two objectives' gradients have nothing to do with each other.
+        self._optimizer.state.clear()
+        return True
+
+    # Reinforcement learning
+
+    def _policy_iteration(self) -> dict[str, float]:
+        """One rollout batch and its optimiser steps."""
+        config, state, algorithm = self._config, self._state, self._config.algorithm
+        prompts = [self._data.prompts[i] for i in self._sampler.take(state.position, config.prompts_per_rollout)]
+        seed = config.seed * 1_000_003 + state.position
+        sampling = training_sampling(config, self._stop_token_ids, seed)
+        meter = Meter()
+
+        with self._clock("generate"):
+            self._engine.wake()
+            groups = self._engine.generate(prompts, sampling)
+            self._engine.sleep()
+        with self._clock("reward"):
+            scores = self._judge(groups, state.step)
+        rows = with_advantages(scores.rows, config)
+        batch = policy_batch(rows, mask_truncated=algorithm.mask_truncated_completions)
+        with self._clock("log_probs"):
+            batch = self._with_stored_log_probs(batch)
+        for _ in range(algorithm.num_iterations):
+            for part in split_evenly(batch, config.train.steps_per_generation, config.rollout.num_generations):
+                self._policy_update(part, meter)
+        with self._clock("hand_over"):
+            self._engine.load_adapter(state.step)
+
+        state.position += len(prompts)
+        state.num_tokens += sum(s.num_tokens for s in batch.sequences)
+        if config.log.log_completions:
+            write_rollouts(self._run_dir, state.step, rows)
+            self._trackers.completions(state.step, rows)
+        self._console.print_completions(rows, config.log.num_completions_to_print)
+        return rollout_metrics(rows) | scores.metrics | meter.result()
+
+    def _policy_update(self, batch: PolicyBatch, meter: Meter) -> None:
+        config = self._config
+        packs = pack(batch.sequences, self._max_tokens, share_prefix=config.train.share_prefix)
+        with self._clock("backward"):
+            policy_backward(
+                self._lm,
+                packs,
+                batch,
+                config.algorithm,
+                self._head,
+                meter,
+                max_completion_length=config.rollout.max_completion_length,
+            )
+        self._state.step += 1
+        self._update(learning_rate(self._state.step - 1, self.total_steps, config.optim), meter)
+
+    def _with_stored_log_probs(self, batch: PolicyBatch) -> PolicyBatch:
+        """Log-probs of the policy at rollout time, where later steps need them, and of the reference policy."""
+        config = self._config
+        packs = pack(batch.sequences, self._max_tokens, share_prefix=config.train.share_prefix)
+        several = config.algorithm.num_iterations * config.train.steps_per_generation > 1
+        if several:
+            batch.old_log_probs = sequence_log_probs(self._lm, packs, len(batch.sequences), self._head)
+        if config.algorithm.beta:
+            with self._lm.model.disable_adapter():
+                batch.ref_log_probs = sequence_log_probs(self._lm, packs, len(batch.sequences), self._head)
+        return batch
+
+    # Supervised fine-tuning
+
+    def _supervised_iteration(self) -> dict[str, float]:
+        state, config, meter = self._state, self._config, Meter()
+        rows = self._sampler.take(state.position, config.train.per_device_train_batch_size)
+        examples = [self._data.examples[i] for i in rows]
+        rate = learning_rate(state.step, self.total_steps, config.optim)
+        self._supervised_update(examples, rate, meter)
+        state.step += 1
+        state.position += len(rows)
+        state.num_tokens += sum(e.num_tokens for e in examples)
+        return meter.result()
+
+    def _supervised_update(self, examples: list[Sequence], rate: float, meter: Meter) -> None:
+        with self._clock("backward"):
+            supervised_backward(self._lm, pack(examples, self._max_tokens), examples, self._plain_head, meter)
+        self._update(rate, meter)
+
+    # Shared
+
+    def _update(self, rate: float, meter: Meter) -> None:
+        with self._clock("optimizer"):
+            norm = apply_gradients(
+                self._optimizer, self._parameters, rate=rate, max_grad_norm=self._config.optim.max_grad_norm
+            )
+        if not math.isfinite(norm):
+            self._state.skipped_updates += 1
+            self._console.warn(f"gradient norm {norm} at step {self._state.step}: the update is skipped")
+        meter.add("grad_norm", norm)
+        meter.add("learning_rate", rate)
+
+    def _evaluate(self) -> None:
+        state, config = self._state, self._config
+        if config.algorithm.name == "grpo" and self._data.eval_prompts:
+            sampling = eval_sampling(config, self._stop_token_ids)
+            self._engine.wake()
+            metrics, rows = evaluate(
+                self._engine, self._data.eval_prompts, self._judge, sampling, state.step, config.eval.score
+            )
+            self._engine.sleep()
+            write_rollouts(self._run_dir, state.step, rows, kind="eval")
+            state.scores[state.step] = metrics["eval/score"]
+            self._console.note(f"held-out score after {state.step} steps: {metrics['eval/score']:.3f}")
+        elif self._data.eval_examples:
+            loss = supervised_loss(self._lm, self._data.eval_examples, self._max_tokens, self._plain_head)
+            metrics = {"eval/loss": loss}
+            state.scores[state.step] = loss
+            self._console.note(f"held-out loss after {state.step} steps: {loss:.4f}")
+        else:
+            return
+        self._trackers.log(state.step, metrics)
+
+    def _save(self) -> None:
+        keep = self._config.checkpoint.save_total_limit
+        save_checkpoint(self._run_dir, self._lm, self._optimizer, self._state, keep=keep)
+
+    def _due(self, before: int, every: int) -> bool:
+        """Whether a multiple of `every` was reached by the steps since `before`."""
+        return self._state.step // every > before // every
+
+    def _timed(self, iteration: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The iteration's metrics with its time, whole and by part, and its tokens per second."""
+        self._seconds, tokens, started = {}, self._state.num_tokens, time.perf_counter()
+        metrics = iteration()
+        elapsed = time.perf_counter() - started
+        self._state.seconds += elapsed
+        metrics["num_tokens"] = float(self._state.num_tokens)
+        metrics["step_time"] = elapsed
+        metrics["perf/throughput"] = (self._state.num_tokens - tokens) / elapsed
+        metrics |= {f"timing_s/{name}": seconds for name, seconds in self._seconds.items()}
+        if self._lm.device.type == "cuda":
+            metrics["perf/max_memory_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return metrics
+
+    @contextmanager
+    def _clock(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._lm.device.type == "cuda":
+                torch.cuda.synchronize()
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def total_steps(config: Config, num_rows: int) -> int:
+    """Optimiser steps of the whole run."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    rows = config.train.num_train_epochs * num_rows
+    if config.algorithm.name == "sft":
+        return max(math.ceil(rows / config.train.per_device_train_batch_size), 1)
+    rollouts = max(math.ceil(rows / config.prompts_per_rollout), 1)
+    return rollouts * config.train.steps_per_generation * config.algorithm.num_iterations
+
+
+def with_advantages(rows: list[Scored], config: Config) -> list[Scored]:
+    """Fill in the advantages of a scored batch whose groups stand one after the other."""
+    rewards = [row.reward for row in rows]
+    advantages = group_advantages(rewards, config.rollout.num_generations, config.algorithm.scale_rewards)
+    for row, advantage in zip(rows, advantages, strict=True):
+        row.advantage = advantage
+    return rows
+
+
+def policy_batch(rows: list[Scored], *, mask_truncated: bool) -> PolicyBatch:
+    """Sequences to train on; a truncated completion carries no loss if `mask_truncated`."""
+    sequences, log_probs = [], []
+    for row in rows:
+        completion = row.completion
+        scored = not (mask_truncated and completion.truncated)
+        mask = [scored] * len(completion.ids)
+        sequences.append(Sequence(row.prompt.ids, completion.ids, mask, family=row.group))
+        log_probs.append(completion.log_probs if scored else [])
+    return PolicyBatch(sequences, [row.advantage for row in rows], log_probs)
+
+
+def supervised_loss(lm: LanguageModel, examples: list[Sequence], max_tokens: int, head) -> float:
+    """Mean cross-entropy over all scored tokens, nats per token."""
+    parts = sequence_log_probs(lm, pack(examples, max_tokens), len(examples), head)
+    return -float(torch.cat(parts).double().mean())

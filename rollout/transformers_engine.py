@@ -1,0 +1,170 @@
+"""The embedded engine: batched sampling with transformers' own forward, on a CPU or a GPU, sharing the trainer's model.
+
+A group's prompt is prefilled once and its cache copied for the group's completions; finished completions leave the
+batch; every completion draws from a random stream of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tandem.kernels.sampling import draw, restrict
+from tandem.rl.model import LanguageModel
+from tandem.rl.samples import Completion, Group, Prompt, Sampling
+from tandem.rollout.engine import Progress
+from tandem.rollout.random_streams import uniform_stream
+
+# Rows leave the batch when this share of it is done: every removal copies the cache once.
+_COMPACT_AT = 0.2
+
+
+@dataclass
+class _Request:
+    """One completion in the making."""
+
+    prompt: Prompt
+    sample: int
+    uniforms: torch.Tensor
+    ids: list[int]
+    log_probs: list[float]
+    truncated: bool = True
+
+
+class TransformersEngine:
+    """Generates with the very modules that are trained: an updated adapter is in use at once, without a copy.
+
+    Args:
+        language_model: with the adapter attached or not.
+        max_in_flight: completions generated at once; None: all of them.
+    """
+
+    name = "transformers"
+
+    def __init__(self, language_model: LanguageModel, *, max_in_flight: int | None = None) -> None:
+        self._lm = language_model
+        self._max_in_flight = max_in_flight
+
+    def load_adapter(self, version: int) -> None:
+        """Nothing to do: trainer and engine hold the same parameters."""
+
+    def sleep(self) -> None:
+        if self._lm.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Nothing was put away."""
+
+    def close(self) -> None:
+        """Nothing of its own to free."""
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[Prompt], sampling: Sampling, *, progress: Progress | None = None) -> list[Group]:
+        requests = [
+            _Request(p, k, uniform_stream(sampling.seed, p.index, k, sampling.max_completion_length), [], [])
+            for p in prompts
+            for k in range(sampling.num_generations)
+        ]
+        wave = self._max_in_flight or len(requests)
+        for start in range(0, len(requests), wave):
+            self._generate_wave(requests[start : start + wave], sampling)
+            if progress:
+                progress(min(start + wave, len(requests)), len(requests))
+        finished = iter(requests)
+        return [Group(p, [self._completion(next(finished)) for _ in range(sampling.num_generations)]) for p in prompts]
+
+    @staticmethod
+    def _completion(request: _Request) -> Completion:
+        return Completion(request.ids, request.log_probs, request.truncated)
+
+    def _generate_wave(self, requests: list[_Request], sampling: Sampling) -> None:
+        stop = torch.tensor(sorted(sampling.stop_token_ids), device=self._lm.device)
+        batch = self._prefill(requests)
+        for step in range(sampling.max_completion_length):
+            tokens, log_probs = self._sample(batch.logits, batch.requests, step, sampling)
+            stopped = torch.isin(tokens, stop)
+            for request, token, log_prob, end in zip(
+                batch.requests, tokens.tolist(), log_probs.tolist(), stopped.tolist(), strict=True
+            ):
+                if request.truncated:
+                    request.ids.append(token)
+                    request.log_probs.append(log_prob)
+                    request.truncated = not end
+            alive = [i for i, r in enumerate(batch.requests) if r.truncated]
+            if not alive or step + 1 == sampling.max_completion_length:
+                return
+            if len(alive) <= (1 - _COMPACT_AT) * len(batch.requests):
+                tokens = batch.keep(alive, tokens)
+            self._decode(batch, tokens)
+
+    def _prefill(self, requests: list[_Request]) -> _Batch:
+        """Run every distinct prompt once, then give each request a copy of its prompt's cache."""
+        distinct = {id(r.prompt): r.prompt for r in requests}
+        row_of = {key: row for row, key in enumerate(distinct)}
+        longest = max(len(p.ids) for p in distinct.values())
+        device = self._lm.device
+        ids = torch.full((len(distinct), longest), self._lm.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(distinct.values()):
+            ids[row, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
+            mask[row, longest - len(prompt.ids) :] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        out = self._lm.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+        rows = torch.tensor([row_of[id(r.prompt)] for r in requests], device=device)
+        cache = out.past_key_values
+        cache.batch_select_indices(rows)
+        return _Batch(
+            requests=list(requests),
+            cache=cache,
+            mask=mask[rows],
+            position=positions[rows, -1:],
+            logits=self._lm.logits(out.last_hidden_state[:, -1])[rows],
+        )
+
+    def _decode(self, batch: _Batch, tokens: torch.Tensor) -> None:
+        batch.mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], dim=1)
+        batch.position = batch.position + 1
+        out = self._lm.backbone(
+            input_ids=tokens[:, None],
+            attention_mask=batch.mask,
+            position_ids=batch.position,
+            past_key_values=batch.cache,
+            use_cache=True,
+        )
+        batch.logits = self._lm.logits(out.last_hidden_state[:, -1])
+
+    @staticmethod
+    def _sample(
+        logits: torch.Tensor, requests: list[_Request], step: int, sampling: Sampling
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[N]` tokens and their log-probs under the distribution that they were drawn from."""
+        greedy = sampling.temperature == 0
+        if not greedy:
+            logits = restrict(logits / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+        log_probs = logits.log_softmax(-1)
+        if greedy:
+            tokens = log_probs.argmax(-1)
+        else:
+            tokens = draw(log_probs, torch.stack([r.uniforms[step] for r in requests]).to(log_probs.device))
+        return tokens, log_probs.gather(-1, tokens[:, None])[:, 0]
+
+
+@dataclass
+class _Batch:
+    """Rows being decoded together: prompts padded on the left, `[N, K]` mask, `[N, 1]` positions, `[N, V]` logits."""
+
+    requests: list[_Request]
+    cache: object
+    mask: torch.Tensor
+    position: torch.Tensor
+    logits: torch.Tensor
+
+    def keep(self, rows: list[int], tokens: torch.Tensor) -> torch.Tensor:
+        """Drop all other rows; returns their last tokens."""
+        index = torch.tensor(rows, device=tokens.device)
+        self.requests = [self.requests[i] for i in rows]
+        self.cache.batch_select_indices(index)  # type: ignore[attr-defined]
+        self.mask, self.position = self.mask[index], self.position[index]
+        return tokens[index]
