@@ -14,7 +14,7 @@ from typing import Any
 
 from tandem.rewards.base import load_reward
 from tandem.rl.checkpoint import State, latest_checkpoint, read_state, restore
-from tandem.rl.columns import check_columns
+from tandem.rl.columns import Kind, check_columns
 from tandem.rl.config import Config, DataConfig, EvalConfig, WarmupConfig
 from tandem.rl.config_file import load_config, save_config
 from tandem.rl.console import Console
@@ -53,7 +53,7 @@ def prepare(config: Config, console: Console) -> Inputs:
     train_rows = _rows(config.data, config.data.dataset_train_split, "data")
     eval_rows = _rows(config.eval, config.eval.dataset_test_split, "eval") if config.eval.dataset_name else None
     warmup_rows = _rows(config.warmup, config.warmup.dataset_train_split, "warmup") if config.warmup.max_steps else None
-    kind = "rl" if rl else "sft"
+    kind: Kind = "rl" if rl else "sft"
     check_columns(train_rows, kind, "data.dataset_name")
     if eval_rows is not None:
         check_columns(eval_rows, kind, "eval.dataset_name")

@@ -30,7 +30,7 @@ Number = Annotated[float, BeforeValidator(_finite_float), Field(allow_inf_nan=Fa
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -197,7 +197,9 @@ class AlgorithmConfig(Section):
     @classmethod
     def _trl_booleans(cls, value: Any) -> Any:
         """TRL accepts booleans here; YAML turns a bare `none` into a string already but `no` into False."""
-        return {True: "group", False: "none", None: "none"}.get(value, value) if not isinstance(value, str) else value
+        if value is None or value is False:
+            return "none"
+        return "group" if value is True else value
 
     @property
     def epsilon_low(self) -> float:
@@ -352,6 +354,15 @@ class Config(Section):
     log: LogConfig = Field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     warmup: WarmupConfig = Field(default_factory=WarmupConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections_are_defaults(cls, value: Any) -> Any:
+        """A section whose keys are all commented out reads as null."""
+        if not isinstance(value, dict):
+            return value
+        plain = ("run_name", "output_dir", "seed")
+        return {k: {} if v is None and k in cls.model_fields and k not in plain else v for k, v in value.items()}
 
     @field_validator("run_name")
     @classmethod

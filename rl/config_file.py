@@ -17,6 +17,21 @@ from tandem.rl.errors import UserError
 _PATH_KEYS = {"dataset_name", "function", "init_from", "chat_template", "model_name_or_path"}
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping; YAML itself silently keeps the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value in seen:
+                problem = f"the key {key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read, override and check a config.
 
@@ -32,7 +47,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the config {str(path)!r}: {error}", fix="give the path of a YAML file") from None
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
@@ -68,7 +83,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         )
     node, parts = raw, key.strip().split(".")
     for part in parts[:-1]:
-        node = node.setdefault(part, {})
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
         if not isinstance(node, dict):
             raise UserError(f"override {override!r}: {part!r} is not a section")
     try:
@@ -86,10 +103,18 @@ def _resolve_paths(node: Any, folder: Path, key: str = "") -> Any:
         key = "function"
     if isinstance(node, str) and key in _PATH_KEYS and "://" not in node:
         file, colon, function = node.rpartition(":") if ".py:" in node else (node, "", "")
-        candidate = folder / Path(file).expanduser()
-        if file and candidate.exists():
+        if candidate := _existing(file, folder):
             return f"{candidate}{colon}{function}"
     return node
+
+
+def _existing(file: str, folder: Path) -> Path | None:
+    """The file or folder of that name, relative to `folder`; None where there is none, or can be none."""
+    try:
+        candidate = folder / Path(file).expanduser()
+        return candidate if file and candidate.exists() else None
+    except (OSError, RuntimeError, ValueError):
+        return None  # too long for a file name, an unknown user after ~, a null character: a name of something else
 
 
 def _explain(error: Any) -> str:
@@ -97,10 +122,12 @@ def _explain(error: Any) -> str:
     where = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
         name = str(error["loc"][-1])
-        matches = difflib.get_close_matches(name, dict(all_keys()), n=1, cutoff=0.5)
+        elsewhere = dict(all_keys())
         section = ".".join(str(p) for p in error["loc"][:-1])
         own = [k for k, full in all_keys() if full.rpartition(".")[0] == section]
-        near = difflib.get_close_matches(name, own, n=1, cutoff=0.6) or matches
+        # The exact name of another section's key says more than a similar name in this section.
+        near = [name] if name in elsewhere else difflib.get_close_matches(name, own, n=1, cutoff=0.6)
+        near = near or difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.7)
         hint = f"; did you mean {_full_name(near[0], section)!r}?" if near else f"; keys here are {', '.join(own)}"
         return f"unknown key {where!r}{hint}"
     if error["type"] == "missing":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+
 from tandem.rl.chat import (
     assistant_examples,
     completion_text,

@@ -14,6 +14,7 @@ import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tandem.rl.columns import check_columns
 from tandem.rl.errors import UserError
 from tandem.rl.examples import load_preferences, load_supervised
