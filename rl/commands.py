@@ -419,9 +419,13 @@ def _stop_on_signal(console: Console) -> Iterator[list[int]]:
 
 def quiet_libraries() -> None:
     """Progress bars and advice of the libraries would tear our own live display apart."""
+    import warnings
+
     import datasets
     import transformers
 
+    # Deprecations between transformers and peft are not the user's to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     datasets.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
