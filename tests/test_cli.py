@@ -1,0 +1,506 @@
+"""`rl-train` from end to end, as a user runs it, on a random Llama of a few thousand weights.
+
+What must be a process of its own (signals, resuming, what is imported) is one; the other commands go through the same
+entry point, `tandem.rl.cli.main`, inside the test process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from tandem.rl import cli
+
+RL_TRAIN = [sys.executable, "-c", "from tandem.rl.cli import main; main()"]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+STEPS = 12
+
+REWARDS = """
+import time
+
+def low(completions, **columns):
+    return [sum(int(w[1:]) < 48 for w in c.split()) / max(len(c.split()), 1) for c in completions]
+
+def raises(completions, **columns):
+    raise KeyError("no such answer")
+
+def raises_late(completions, trainer_state, **columns):
+    if trainer_state.global_step >= 2:
+        raise RuntimeError("third batch")
+    return [float(len(c)) for c in completions]
+
+def short(completions, **columns):
+    return [1.0]
+
+def not_a_number(completions, **columns):
+    return [float("nan")] * len(completions)
+
+def slow(completions, **columns):
+    time.sleep(0.2)
+    return low(completions)
+"""
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <eos> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+# --- what the commands work on ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data, rewards and two configs that name them relative to themselves."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_model(folder / "model")
+    (folder / "rewards.py").write_text(REWARDS)
+    write_lines(folder / "prompts.jsonl", [{"prompt": f"w{i} w{i + 1}"} for i in range(8)])
+    write_lines(folder / "held_out.jsonl", [{"prompt": f"w{i} w{i + 1}"} for i in range(20, 24)])
+    turns = [
+        [{"role": "user", "content": f"w{i}"}, {"role": "assistant", "content": f"w{90 - i % 3} w{i} w5"}]
+        for i in range(12)
+    ]
+    write_lines(folder / "chats.jsonl", [{"messages": t} for t in turns])
+    write_config(folder / "grpo.yaml", grpo_config())
+    write_config(folder / "sft.yaml", sft_config())
+    return folder
+
+
+def write_model(folder: Path) -> None:
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<unk>", "<eos>", "<user>", "<assistant>", *(f"w{i}" for i in range(96))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<user>", "<assistant>"],
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.15,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder)
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_config(path: Path, config: dict[str, Any]) -> None:
+    path.write_text(yaml.safe_dump(config))
+
+
+def grpo_config() -> dict[str, Any]:
+    return {
+        "run_name": "grpo",
+        "model": {"model_name_or_path": "model", "device": "cpu"},
+        "lora": {"r": 8},
+        "data": {"dataset_name": "prompts.jsonl"},
+        "eval": {"dataset_name": "held_out.jsonl", "num_generations": 4, "temperature": 1.0},
+        "rollout": {"num_generations": 8, "max_completion_length": 6},
+        "rewards": {"reward_funcs": ["rewards.py:low"]},
+        "algorithm": {"beta": 0.001},
+        "train": {"max_steps": STEPS, "generation_batch_size": 32},
+        "optim": {"learning_rate": 0.02, "lr_scheduler_type": "linear"},
+        "checkpoint": {"save_steps": 2, "save_total_limit": None},
+        "warmup": {"max_steps": 2, "dataset_name": "chats.jsonl", "per_device_train_batch_size": 4},
+    }
+
+
+def sft_config() -> dict[str, Any]:
+    return {
+        "run_name": "sft",
+        "model": {"model_name_or_path": "model", "device": "cpu"},
+        "lora": {"r": 8},
+        "data": {"dataset_name": "chats.jsonl"},
+        "eval": {"dataset_name": "chats.jsonl"},
+        "algorithm": {"name": "sft"},
+        "train": {"max_steps": 15, "per_device_train_batch_size": 6},
+        "optim": {"learning_rate": 0.02},
+    }
+
+
+def process(*arguments: object) -> Done:
+    done = subprocess.run(
+        [*RL_TRAIN, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False, env=ENVIRONMENT
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Run a command line in this process."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["rl-train", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return Done(code, *capfd.readouterr())
+
+    return command
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(run: Path) -> list[dict[str, Any]]:
+    prefixes = ("step_time", "timing_s/", "perf/")
+    return [{k: v for k, v in line.items() if not k.startswith(prefixes)} for line in metrics(run)]
+
+
+def summary(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+def checkpoint_files(run: Path, step: int) -> dict[str, bytes]:
+    folder = run / "checkpoints" / f"step_{step:06d}"
+    return {name: (folder / name).read_bytes() for name in ("adapter_model.safetensors", "optimizer.safetensors")}
+
+
+def assert_one_message(done: Done, *parts: str) -> None:
+    assert done.code == 2, done
+    assert "Traceback" not in done.out + done.err
+    assert done.err.count("error: ") == 1, done.err
+    for part in parts:
+        assert part in done.err
+
+
+# --- supervised fine-tuning -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sft_run(place: Path) -> tuple[Path, Done]:
+    done = process("run", place / "sft.yaml", f"output_dir={place / 'runs'}")
+    assert done.code == 0, done.err
+    return place / "runs" / "sft", done
+
+
+def test_sft_learns_and_leaves_its_files(sft_run: tuple[Path, Done]) -> None:
+    run, done = sft_run
+    losses = [line["loss"] for line in metrics(run) if "loss" in line]
+    assert len(losses) == 15
+    assert losses[-1] < 0.5 * losses[0]
+    facts = summary(run)
+    assert facts["score_name"] == "held-out loss"
+    assert facts["score_after"] < 0.5 * facts["score_before"]
+    assert facts["steps"] == 15
+    assert "step 15/15" in done.out
+    assert str(run / "report.html") in done.out.replace("\n", "")
+    assert "<html" in (run / "report.html").read_text().lower()
+
+
+def test_adapter_is_peft_s(place: Path, sft_run: tuple[Path, Done]) -> None:
+    """The model that peft loads by itself has the held-out loss that the run reported."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    model = PeftModel.from_pretrained(base, sft_run[0] / "adapter").eval()
+    total, count = 0.0, 0
+    for line in (place / "chats.jsonl").read_text().splitlines():
+        user, assistant = (m["content"] for m in json.loads(line)["messages"])
+        prompt = tokenizer(f"<user> {user} <eos> <assistant>", add_special_tokens=False)["input_ids"]
+        answer = tokenizer(f"{assistant} <eos>", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            log_probs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        total -= sum(float(log_probs[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
+        count += len(answer)
+    assert total / count == pytest.approx(summary(sft_run[0])["score_after"], rel=1e-3)
+
+
+# --- reinforcement learning -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def grpo_run(place: Path) -> tuple[Path, Done]:
+    done = process("run", place / "grpo.yaml", f"output_dir={place / 'runs'}")
+    assert done.code == 0, done.err
+    return place / "runs" / "grpo", done
+
+
+def test_grpo_learns(grpo_run: tuple[Path, Done]) -> None:
+    run, done = grpo_run
+    rewards = [line["reward"] for line in metrics(run) if "reward" in line]
+    assert len(rewards) == STEPS
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
+    scores = {line["step"]: line["eval/score"] for line in metrics(run) if "eval/score" in line}
+    assert set(scores) == {0, STEPS}
+    assert scores[STEPS] > scores[0] + 0.1
+    facts = summary(run)
+    assert (facts["score_before"], facts["score_after"]) == (scores[0], scores[STEPS])
+    assert "step 2/2" in done.out, "the warm-up's steps are shown"
+    assert f"step {STEPS}/{STEPS}" in done.out
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [f"step_{i:06d}" for i in range(2, 13, 2)]
+
+
+def test_trainer_and_engine_agree(grpo_run: tuple[Path, Done]) -> None:
+    lines = [line for line in metrics(grpo_run[0]) if "reward" in line]
+    assert all(line["sampling/sampling_logp_difference/max"] < 1e-3 for line in lines)
+
+
+def test_rewards_on_record_are_the_function_s(grpo_run: tuple[Path, Done]) -> None:
+    rows = [json.loads(line) for line in (grpo_run[0] / "rollouts" / "step_000003.jsonl").read_text().splitlines()]
+    assert len(rows) == 32
+    for row in rows:
+        words = row["completion"].split()
+        expected = sum(int(w[1:]) < 48 for w in words) / max(len(words), 1)
+        assert row["rewards"]["low"] == pytest.approx(expected)
+    logged = next(line["reward"] for line in metrics(grpo_run[0]) if line["step"] == 3 and "reward" in line)
+    assert logged == pytest.approx(sum(row["reward"] for row in rows) / 32)
+
+
+# --- stopping and resuming --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped_run(place: Path) -> tuple[Path, Done]:
+    """Ctrl-C once the third step is on the screen; the slow reward leaves time for it."""
+    command = [*RL_TRAIN, "run", str(place / "grpo.yaml"), f"output_dir={place / 'runs'}", "run_name=stopped"]
+    command += [f"rewards.reward_funcs=[{{function: '{place / 'rewards.py'}:slow', name: low}}]"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as running:
+        assert running.stdout is not None
+        seen = []
+        for line in running.stdout:
+            seen.append(line)
+            if line.startswith(f"step  3/{STEPS}"):
+                running.send_signal(signal.SIGINT)
+                break
+        out, err = running.communicate(timeout=60)
+    return place / "runs" / "stopped", Done(running.returncode, "".join(seen) + out, err)
+
+
+def test_one_interrupt_stops_with_a_checkpoint(stopped_run: tuple[Path, Done]) -> None:
+    run, done = stopped_run
+    assert done.code == 1, done
+    assert "Traceback" not in done.err
+    assert f"rl-train resume {run}" in done.out
+    last = max(line["step"] for line in metrics(run))
+    assert 3 <= last < STEPS
+    assert (run / "checkpoints" / f"step_{last:06d}" / "state.json").is_file()
+    assert not (run / "summary.json").exists()
+
+
+def test_resumed_after_an_interrupt_is_as_uninterrupted(
+    grpo_run: tuple[Path, Done], stopped_run: tuple[Path, Done], tmp_path: Path
+) -> None:
+    run = tmp_path / "stopped"
+    shutil.copytree(stopped_run[0], run)
+    done = process("resume", run)
+    assert done.code == 0, done.err
+    assert_same_run(run, grpo_run[0])
+
+
+def test_resumed_after_a_kill_is_as_uninterrupted(grpo_run: tuple[Path, Done], tmp_path: Path) -> None:
+    """The folder as a kill during step 5 leaves it: later records than the newest checkpoint, a torn last line."""
+    run = tmp_path / "killed"
+    shutil.copytree(grpo_run[0], run)
+    for folder in sorted((run / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(folder)
+    (run / "checkpoints" / ".step_000004.tmp").mkdir()
+    for name in ("summary.json", "report.html"):
+        (run / name).unlink()
+    shutil.rmtree(run / "adapter")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:5]) + lines[5][:40])
+    done = process("resume", run)
+    assert done.code == 0, done.err
+    assert "after step 2" in done.out
+    assert_same_run(run, grpo_run[0])
+
+
+def assert_same_run(resumed: Path, through: Path) -> None:
+    assert checkpoint_files(resumed, STEPS) == checkpoint_files(through, STEPS)
+    name = "adapter/adapter_model.safetensors"
+    assert (resumed / name).read_bytes() == (through / name).read_bytes()
+    assert timeless(resumed) == timeless(through)
+    files = [sorted(p.name for p in (run / "rollouts").iterdir()) for run in (resumed, through)]
+    assert files[0] == files[1]
+
+
+def test_the_comparison_of_runs_can_fail(grpo_run: tuple[Path, Done]) -> None:
+    files = [checkpoint_files(grpo_run[0], step) for step in (STEPS - 2, STEPS)]
+    assert all(files[0][name] != files[1][name] for name in files[0])
+
+
+# --- the other commands -----------------------------------------------------------------------------------------------
+
+
+def test_saved_config_runs_and_a_taken_name_is_not_overwritten(here, grpo_run: tuple[Path, Done]) -> None:
+    run = grpo_run[0]
+    before = (run / "metrics.jsonl").read_bytes()
+    done = here("run", run / "config.yaml", "train.max_steps=1", "warmup.max_steps=0", "eval.dataset_name=null")
+    assert done.code == 0, done.err
+    second = run.with_name("grpo-2")
+    assert [line["step"] for line in metrics(second)] == [1]
+    assert (run / "metrics.jsonl").read_bytes() == before
+    shutil.rmtree(second)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_reused_rollouts_train_with_every_loss(here, place: Path, tmp_path: Path, loss_type: str) -> None:
+    level = "sequence" if loss_type == "grpo" else "token"
+    done = here(
+        "run",
+        place / "grpo.yaml",
+        f"output_dir={tmp_path}",
+        f"algorithm.loss_type={loss_type}",
+        f"algorithm.importance_sampling_level={level}",
+        "algorithm.num_iterations=2",
+        "algorithm.beta=0.1",
+        "train.steps_per_generation=2",
+        "train.max_steps=8",
+        "warmup.max_steps=0",
+        "eval.dataset_name=null",
+        "checkpoint.save_steps=0",
+    )
+    assert done.code == 0, done.err
+    lines = metrics(tmp_path / "grpo")
+    assert [line["step"] for line in lines] == [4, 8]
+    assert all(line["grad_norm"] > 0 for line in lines)
+    assert lines[1]["kl"] > 0
+    assert lines[0]["sampling/sampling_logp_difference/max"] < 1e-3, "compared with the policy that sampled"
+    assert summary(tmp_path / "grpo")["steps"] == 8
+
+
+def test_eval_of_a_run_scores_its_adapter(here, place: Path, grpo_run: tuple[Path, Done]) -> None:
+    after, before = here("eval", grpo_run[0]), here("eval", place / "grpo.yaml")
+    assert (after.code, before.code) == (0, 0), after.err + before.err
+    assert printed_score(after) == pytest.approx(summary(grpo_run[0])["score_after"], abs=0.05)
+    assert printed_score(after) > printed_score(before) + 0.1
+
+
+def printed_score(done: Done) -> float:
+    line = next(line for line in done.out.splitlines() if "eval/score" in line)
+    return float(line.split()[-1])
+
+
+def test_eval_needs_rewards_and_data(here, place: Path, sft_run: tuple[Path, Done]) -> None:
+    assert_one_message(here("eval", sft_run[0]), "'sft'", "Fix: ")
+    assert_one_message(here("eval", place / "grpo.yaml", "eval.dataset_name=null"), "eval.dataset_name")
+
+
+def test_report_is_written_again(here, grpo_run: tuple[Path, Done]) -> None:
+    path = grpo_run[0] / "report.html"
+    path.unlink()
+    done = here("report", grpo_run[0])
+    assert done.code == 0, done.err
+    assert str(path) in done.out.replace("\n", "")
+    assert path.stat().st_size > 10_000
+
+
+def test_check_samples_and_scores(here, place: Path) -> None:
+    done = here("check", place / "grpo.yaml", "--prompts", "1", f"output_dir={place / 'unused'}")
+    assert done.code == 0, done.err
+    assert done.out.count("tokens, ") == 8, "one panel for each of the prompt's completions"
+    assert "reward low" in done.out
+    assert not (place / "unused").exists()
+
+
+def test_dry_run_shows_the_plan(here, place: Path) -> None:
+    done = here("run", place / "grpo.yaml", "--dry-run", f"output_dir={place / 'unused'}")
+    assert done.code == 0, done.err
+    for part in ("8 to train on, 4 held out", "4 prompts × 8", "low", "optimiser steps"):
+        assert part in done.out
+    assert not (place / "unused").exists()
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.max_step=3", ("train.max_step", "did you mean 'train.max_steps'")),
+        ("train.max_steps=many", ("train.max_steps", "'many'")),
+        ("data.dataset_name=prompt.jsonl", ("data.dataset_name", "prompt.jsonl")),
+        ("data.dataset_name=chats.jsonl", ("`prompt`", "`messages`")),
+        ("warmup.dataset_name=prompts.jsonl", ("warmup.dataset_name", "`prompt`")),
+        ("model.model_name_or_path=./no_model", ("no_model",)),
+        ("rewards.reward_funcs=[rewards.py:lwo]", ("'lwo'", "did you mean 'low'")),
+        ("rewards.reward_funcs=[rewards.py:raises]", ("KeyError", "no such answer", "rewards.py:")),
+        ("rewards.reward_funcs=[rewards.py:short]", ("'short'", "returned 1 values for")),
+        ("rewards.reward_funcs=[rewards.py:not_a_number]", ("'not_a_number'", "nan")),
+        ("rewards.reward_funcs=[no_rewards.py:low]", ("no_rewards.py",)),
+    ],
+)
+def test_a_mistake_is_one_message(here, place: Path, tmp_path: Path, override: str, parts: tuple[str, ...]) -> None:
+    done = here("run", place / "grpo.yaml", f"output_dir={tmp_path}", "warmup.max_steps=1", override)
+    assert_one_message(done, *parts)
+
+
+def test_missing_config_and_run_folder(here, tmp_path: Path) -> None:
+    assert_one_message(here("run", tmp_path / "none.yaml"), "none.yaml")
+    assert_one_message(here("resume", tmp_path), "no config.yaml")
+    assert_one_message(here("report", tmp_path / "none"), "no config.yaml")
+
+
+def test_a_reward_that_fails_later_leaves_the_earlier_steps(here, place: Path, tmp_path: Path) -> None:
+    done = here(
+        "run",
+        place / "grpo.yaml",
+        f"output_dir={tmp_path}",
+        "rewards.reward_funcs=[rewards.py:raises_late]",
+        "warmup.max_steps=0",
+        "eval.dataset_name=null",
+    )
+    assert_one_message(done, "RuntimeError", "third batch")
+    run = tmp_path / "grpo"
+    assert [line["step"] for line in metrics(run)] == [1, 2]
+    assert (run / "checkpoints" / "step_000002" / "state.json").is_file()
+    assert len(list((run / "rollouts").glob("step_*.jsonl"))) == 2
+
+
+def test_config_errors_and_help_load_nothing_heavy(place: Path) -> None:
+    script = (
+        "import sys\nfrom tandem.rl.cli import main\n"
+        "try:\n    main()\nfinally:\n    print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    )
+    for arguments, code in ((["--help"], 0), (["run", str(place / "grpo.yaml"), "train.max_step=3"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False, env=ENVIRONMENT
+        )
+        assert done.returncode == code, done.stderr
+        assert done.stdout.splitlines()[-1] == "[]", arguments
