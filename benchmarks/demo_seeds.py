@@ -1,6 +1,6 @@
 """The demo's learning curve on several seeds: held-out score before and after, and the reward of every step.
 
-    python benchmarks/demo_seeds.py                     # runs seeds 0, 1, 2 of examples/arithmetic.yaml one after the other
+    python benchmarks/demo_seeds.py                     # runs seeds 0, 1, 2 of the demo one after the other
     python benchmarks/demo_seeds.py --collect RUN …     # only collects runs that were made before
 
 Writes `benchmarks/results/demo-cpu-DATE.json` and a plot beside it. Seconds are those of training steps alone.
@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- demo-results -->", "<!-- /demo-results -->"
 COMMAND = "rl-train run examples/arithmetic.yaml seed=N"
 
 
@@ -42,6 +43,7 @@ def main() -> None:
     }
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     plot(rows, target.with_suffix(".png"))
+    write_readme(result, target)
     for row in rows:
         print(f"seed {row['seed']}: {row['score_before']:.3f} -> {row['score_after']:.3f} in {row['seconds']:.0f} s")
     print(target)
@@ -69,6 +71,28 @@ def row_of(run: Path) -> dict:
         **{key: summary[key] for key in keys},
         "rewards": [line["reward"] for line in lines if "reward" in line],
     }
+
+
+def table(result: dict, target: Path) -> str:
+    """The README's table of a result."""
+    lines = [
+        "| seed | held-out score before | after | seconds of training | tokens/s |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        scores = f"{row['score_before']:.2f} | {row['score_after']:.2f}"
+        lines.append(f"| {row['seed']} | {scores} | {row['seconds']:.0f} | {row['tokens_per_second']:.0f} |")
+    name = target.relative_to(ROOT).as_posix()
+    lines += ["", f"{result['device']}, torch {result['versions']['torch']}; from [{target.name}]({name})."]
+    return "\n".join(lines)
+
+
+def write_readme(result: dict, target: Path) -> None:
+    """Put the table between the README's markers, so that its numbers are those of the file."""
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(f"{before}{BEGIN}\n{table(result, target)}\n{END}{after}", encoding="utf-8")
 
 
 def plot(rows: list[dict], path: Path) -> None:

@@ -132,5 +132,7 @@ def _softcapped(q, k, v, mask, scale, softcap) -> torch.Tensor:
     repeat = q.shape[0] // k.shape[0]
     scores = (q @ k.repeat_interleave(repeat, 0).transpose(-1, -2)) * scale
     scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
+    weights = (
+        scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    )
     return weights @ v.repeat_interleave(repeat, 0)

@@ -41,7 +41,7 @@ def draw(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     One number per token makes a request's random stream independent of the batch around it: the same request draws
     the same numbers whoever its neighbours are. The sum runs in float64, where 1e-9 of tail mass still counts.
     """
-    cdf = log_probs.double().exp_().cumsum_(-1)
+    cdf = log_probs.to(torch.float64, copy=True).exp_().cumsum_(-1)
     # Scaled by the row's own total, so that rounding can never leave u beyond the end of the table.
     point = uniform.to(cdf)[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, point, right=True).squeeze(-1).clamp_(max=log_probs.shape[-1] - 1)

@@ -190,6 +190,9 @@ def _train(
     *,
     resumed: bool = False,
 ) -> bool:
+    import torch
+
+    torch.manual_seed(config.seed)  # dropout draws from it; a resumed run gets its own state back below
     lm, engine, stop = _open_model(config, inputs)
     optimizer = make_optimizer(trainable(lm), config.optim)
     if checkpoint:

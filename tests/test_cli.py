@@ -6,6 +6,8 @@ entry point, `tandem.rl.cli.main`, inside the test process.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -128,14 +130,14 @@ def grpo_config() -> dict[str, Any]:
         "model": {"model_name_or_path": "model", "device": "cpu"},
         "lora": {"r": 8},
         "data": {"dataset_name": "prompts.jsonl"},
-        "eval": {"dataset_name": "held_out.jsonl", "num_generations": 4, "temperature": 1.0},
-        "rollout": {"num_generations": 8, "max_completion_length": 6},
+        "eval": {"dataset_name": "held_out.jsonl", "num_generations": 16, "temperature": 1.0},
+        "rollout": {"num_generations": 24, "max_completion_length": 3},
         "rewards": {"reward_funcs": ["rewards.py:low"]},
         "algorithm": {"beta": 0.001},
-        "train": {"max_steps": STEPS, "generation_batch_size": 32},
-        "optim": {"learning_rate": 0.02, "lr_scheduler_type": "linear"},
+        "train": {"max_steps": STEPS, "generation_batch_size": 96},
+        "optim": {"learning_rate": 0.02},
         "checkpoint": {"save_steps": 2, "save_total_limit": None},
-        "warmup": {"max_steps": 2, "dataset_name": "chats.jsonl", "per_device_train_batch_size": 4},
+        "warmup": {"max_steps": 2, "dataset_name": "chats.jsonl", "learning_rate": 0.001},
     }
 
 
@@ -159,23 +161,22 @@ def process(*arguments: object) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Run a command line in this process."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("COLUMNS", "200")
+def here(*arguments: object) -> Done:
+    """Run a command line in this process, with one thread as the other processes have."""
+    import torch
 
-    def command(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["rl-train", *map(str, arguments)])
-        capfd.readouterr()
+    out, err, threads, code = io.StringIO(), io.StringIO(), torch.get_num_threads(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setenv("COLUMNS", "200")
+        patch.setattr(sys, "argv", ["rl-train", *map(str, arguments)])
+        torch.set_num_threads(1)
         try:
             cli.main()
-            code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        return Done(code, *capfd.readouterr())
-
-    return command
+        finally:
+            torch.set_num_threads(threads)
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -209,7 +210,7 @@ def assert_one_message(done: Done, *parts: str) -> None:
 
 @pytest.fixture(scope="module")
 def sft_run(place: Path) -> tuple[Path, Done]:
-    done = process("run", place / "sft.yaml", f"output_dir={place / 'runs'}")
+    done = here("run", place / "sft.yaml", f"output_dir={place / 'runs'}")
     assert done.code == 0, done.err
     return place / "runs" / "sft", done
 
@@ -281,13 +282,13 @@ def test_trainer_and_engine_agree(grpo_run: tuple[Path, Done]) -> None:
 
 def test_rewards_on_record_are_the_function_s(grpo_run: tuple[Path, Done]) -> None:
     rows = [json.loads(line) for line in (grpo_run[0] / "rollouts" / "step_000003.jsonl").read_text().splitlines()]
-    assert len(rows) == 32
+    assert len(rows) == 96
     for row in rows:
         words = row["completion"].split()
         expected = sum(int(w[1:]) < 48 for w in words) / max(len(words), 1)
         assert row["rewards"]["low"] == pytest.approx(expected)
     logged = next(line["reward"] for line in metrics(grpo_run[0]) if line["step"] == 3 and "reward" in line)
-    assert logged == pytest.approx(sum(row["reward"] for row in rows) / 32)
+    assert logged == pytest.approx(sum(row["reward"] for row in rows) / 96)
 
 
 # --- stopping and resuming --------------------------------------------------------------------------------------------
@@ -345,7 +346,7 @@ def test_resumed_after_a_kill_is_as_uninterrupted(grpo_run: tuple[Path, Done], t
     shutil.rmtree(run / "adapter")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:5]) + lines[5][:40])
-    done = process("resume", run)
+    done = here("resume", run)
     assert done.code == 0, done.err
     assert "after step 2" in done.out
     assert_same_run(run, grpo_run[0])
@@ -368,10 +369,11 @@ def test_the_comparison_of_runs_can_fail(grpo_run: tuple[Path, Done]) -> None:
 # --- the other commands -----------------------------------------------------------------------------------------------
 
 
-def test_saved_config_runs_and_a_taken_name_is_not_overwritten(here, grpo_run: tuple[Path, Done]) -> None:
+def test_saved_config_runs_and_a_taken_name_is_not_overwritten(grpo_run: tuple[Path, Done]) -> None:
     run = grpo_run[0]
     before = (run / "metrics.jsonl").read_bytes()
-    done = here("run", run / "config.yaml", "train.max_steps=1", "warmup.max_steps=0", "eval.dataset_name=null")
+    overrides = ["train.max_steps=1", "warmup.max_steps=0", "eval.dataset_name=null", "algorithm.loss_type=bnpo"]
+    done = here("run", run / "config.yaml", *overrides)
     assert done.code == 0, done.err
     second = run.with_name("grpo-2")
     assert [line["step"] for line in metrics(second)] == [1]
@@ -379,8 +381,8 @@ def test_saved_config_runs_and_a_taken_name_is_not_overwritten(here, grpo_run: t
     shutil.rmtree(second)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
-def test_reused_rollouts_train_with_every_loss(here, place: Path, tmp_path: Path, loss_type: str) -> None:
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo"])
+def test_reused_rollouts_train_with_every_loss(place: Path, tmp_path: Path, loss_type: str) -> None:
     level = "sequence" if loss_type == "grpo" else "token"
     done = here(
         "run",
@@ -405,7 +407,7 @@ def test_reused_rollouts_train_with_every_loss(here, place: Path, tmp_path: Path
     assert summary(tmp_path / "grpo")["steps"] == 8
 
 
-def test_eval_of_a_run_scores_its_adapter(here, place: Path, grpo_run: tuple[Path, Done]) -> None:
+def test_eval_of_a_run_scores_its_adapter(place: Path, grpo_run: tuple[Path, Done]) -> None:
     after, before = here("eval", grpo_run[0]), here("eval", place / "grpo.yaml")
     assert (after.code, before.code) == (0, 0), after.err + before.err
     assert printed_score(after) == pytest.approx(summary(grpo_run[0])["score_after"], abs=0.05)
@@ -417,12 +419,12 @@ def printed_score(done: Done) -> float:
     return float(line.split()[-1])
 
 
-def test_eval_needs_rewards_and_data(here, place: Path, sft_run: tuple[Path, Done]) -> None:
+def test_eval_needs_rewards_and_data(place: Path, sft_run: tuple[Path, Done]) -> None:
     assert_one_message(here("eval", sft_run[0]), "'sft'", "Fix: ")
     assert_one_message(here("eval", place / "grpo.yaml", "eval.dataset_name=null"), "eval.dataset_name")
 
 
-def test_report_is_written_again(here, grpo_run: tuple[Path, Done]) -> None:
+def test_report_is_written_again(grpo_run: tuple[Path, Done]) -> None:
     path = grpo_run[0] / "report.html"
     path.unlink()
     done = here("report", grpo_run[0])
@@ -431,18 +433,18 @@ def test_report_is_written_again(here, grpo_run: tuple[Path, Done]) -> None:
     assert path.stat().st_size > 10_000
 
 
-def test_check_samples_and_scores(here, place: Path) -> None:
+def test_check_samples_and_scores(place: Path) -> None:
     done = here("check", place / "grpo.yaml", "--prompts", "1", f"output_dir={place / 'unused'}")
     assert done.code == 0, done.err
-    assert done.out.count("tokens, ") == 8, "one panel for each of the prompt's completions"
+    assert done.out.count(" tokens, ") == 24, "one panel for each of the prompt's completions"
     assert "reward low" in done.out
     assert not (place / "unused").exists()
 
 
-def test_dry_run_shows_the_plan(here, place: Path) -> None:
+def test_dry_run_shows_the_plan(place: Path) -> None:
     done = here("run", place / "grpo.yaml", "--dry-run", f"output_dir={place / 'unused'}")
     assert done.code == 0, done.err
-    for part in ("8 to train on, 4 held out", "4 prompts × 8", "low", "optimiser steps"):
+    for part in ("8 to train on, 4 held out", "4 prompts × 24", "low", "optimiser steps"):
         assert part in done.out
     assert not (place / "unused").exists()
 
@@ -466,18 +468,18 @@ def test_dry_run_shows_the_plan(here, place: Path) -> None:
         ("rewards.reward_funcs=[no_rewards.py:low]", ("no_rewards.py",)),
     ],
 )
-def test_a_mistake_is_one_message(here, place: Path, tmp_path: Path, override: str, parts: tuple[str, ...]) -> None:
+def test_a_mistake_is_one_message(place: Path, tmp_path: Path, override: str, parts: tuple[str, ...]) -> None:
     done = here("run", place / "grpo.yaml", f"output_dir={tmp_path}", "warmup.max_steps=1", override)
     assert_one_message(done, *parts)
 
 
-def test_missing_config_and_run_folder(here, tmp_path: Path) -> None:
+def test_missing_config_and_run_folder(tmp_path: Path) -> None:
     assert_one_message(here("run", tmp_path / "none.yaml"), "none.yaml")
     assert_one_message(here("resume", tmp_path), "no config.yaml")
     assert_one_message(here("report", tmp_path / "none"), "no config.yaml")
 
 
-def test_a_reward_that_fails_later_leaves_the_earlier_steps(here, place: Path, tmp_path: Path) -> None:
+def test_a_reward_that_fails_later_leaves_the_earlier_steps(place: Path, tmp_path: Path) -> None:
     done = here(
         "run",
         place / "grpo.yaml",

@@ -145,6 +145,34 @@ def use_everything(folder: Path) -> None:
     """A small piece of real use on a random model of a few thousand weights. Add each further way of use here."""
     model_folder = tiny_model(folder / "model")
     generate_and_step(model_folder)
+    train_by_command(folder, model_folder)
+
+
+def train_by_command(folder: Path, model_folder: Path) -> None:
+    """A whole GRPO run of two steps with a warm-up, an evaluation, checkpoints and a report."""
+    import io
+
+    from tandem.rl.commands import run
+    from tandem.rl.console import Console
+
+    (folder / "reward.py").write_text("def longest(completions, **columns): return [len(c) for c in completions]\n")
+    (folder / "rows.jsonl").write_text('{"prompt": "1+2=", "completion": "3"}\n{"prompt": "2+2=", "completion": "4"}\n')
+    (folder / "config.yaml").write_text(
+        json.dumps(
+            {
+                "output_dir": str(folder / "runs"),
+                "model": {"model_name_or_path": str(model_folder), "device": "cpu"},
+                "data": {"dataset_name": "rows.jsonl"},
+                "eval": {"dataset_name": "rows.jsonl"},
+                "warmup": {"max_steps": 1, "dataset_name": "rows.jsonl"},
+                "rollout": {"num_generations": 2, "max_completion_length": 4},
+                "rewards": {"reward_funcs": ["reward.py:longest"]},
+                "algorithm": {"beta": 0.1},
+                "train": {"max_steps": 2, "generation_batch_size": 4},
+            }
+        )
+    )
+    assert run(folder / "config.yaml", [], dry_run=False, console=Console(stdout=io.StringIO())), "the run was stopped"
 
 
 def tiny_model(folder: Path) -> Path:
