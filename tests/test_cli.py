@@ -250,6 +250,20 @@ def test_adapter_is_peft_s(place: Path, sft_run: tuple[Path, Done]) -> None:
     assert total / count == pytest.approx(summary(sft_run[0])["score_after"], rel=1e-3)
 
 
+def test_seed_governs_dropout(place: Path, tmp_path: Path) -> None:
+    """Whatever drew random numbers before, the same seed drops the same units."""
+    import torch
+
+    adapters = []
+    for name in ("one", "same"):
+        torch.rand(7)
+        options = [f"output_dir={tmp_path}", f"run_name={name}", "lora.lora_dropout=0.5"]
+        done = here("run", place / "sft.yaml", *options, "train.max_steps=1", "eval.dataset_name=null")
+        assert done.code == 0, done.err
+        adapters.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
 # --- reinforcement learning -------------------------------------------------------------------------------------------
 
 
