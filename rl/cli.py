@@ -1,4 +1,4 @@
-"""`rl-train`: the command line. Nothing heavy is imported before a command runs.
+"""`rl-train`: the command line. Nothing heavy is imported before a config is read and found right.
 
 Exit codes: 0 done; 2 a mistake that the user can fix; 1 anything else, a stopped run included.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tandem.rl.errors import UserError
+
+if TYPE_CHECKING:
+    from tandem.rl.config import Config
 
 app = typer.Typer(
     name="rl-train",
@@ -37,15 +40,16 @@ def run(
     ] = False,
 ) -> None:
     """Train what a config describes."""
-    commands = _commands()
-    if not commands.run(config, overrides or [], dry_run=dry_run, console=_console()):
+    checked = load_config(config, overrides)
+    if not _commands().run(checked, dry_run=dry_run, console=_console()):
         raise typer.Exit(1)
 
 
 @app.command()
 def resume(run: RunPath, overrides: Overrides = None) -> None:
     """Go on with a run from its newest checkpoint."""
-    if not _commands().resume(run, overrides or [], console=_console()):
+    config = load_run_config(run, overrides)
+    if not _commands().resume(run, config, console=_console()):
         raise typer.Exit(1)
 
 
@@ -57,12 +61,15 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Held-out score of a run's adapter, or of a config's model before training."""
-    _commands().evaluate_run(target, overrides or [], console=_console())
+    run = target if target.is_dir() else None
+    config = load_run_config(run, overrides) if run else load_config(target, overrides)
+    _commands().evaluate_run(config, run, console=_console())
 
 
 @app.command()
 def report(run: RunPath) -> None:
     """Write a run's report.html with its curves and completions."""
+    load_run_config(run)
     _commands().report(run, console=_console())
 
 
@@ -73,7 +80,7 @@ def check(
     prompts: Annotated[int, typer.Option(help="How many prompts to sample completions for.", min=1)] = 2,
 ) -> None:
     """Load config, data and rewards, sample and score a few completions, print them; no training."""
-    _commands().check(config, overrides or [], num_prompts=prompts, console=_console())
+    _commands().check(load_config(config, overrides), num_prompts=prompts, console=_console())
 
 
 def main() -> None:
@@ -90,6 +97,19 @@ def main() -> None:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def load_config(path: Path, overrides: list[str] | None) -> Config:
+    """See `tandem.rl.config_file`, which is imported only now: pydantic would double the time of `--help`."""
+    from tandem.rl import config_file
+
+    return config_file.load_config(path, overrides)
+
+
+def load_run_config(run: Path, overrides: list[str] | None = None) -> Config:
+    from tandem.rl import config_file
+
+    return config_file.load_run_config(run, overrides)
 
 
 def _commands():

@@ -16,7 +16,7 @@ from tandem.rewards.base import load_reward
 from tandem.rl.checkpoint import State, latest_checkpoint, read_state, restore
 from tandem.rl.columns import Kind, check_columns
 from tandem.rl.config import Config, DataConfig, EvalConfig, WarmupConfig
-from tandem.rl.config_file import load_config, save_config
+from tandem.rl.config_file import save_config
 from tandem.rl.console import Console
 from tandem.rl.errors import UserError
 from tandem.rl.evaluate import Judge, eval_sampling, evaluate, training_sampling
@@ -82,9 +82,8 @@ def prepare(config: Config, console: Console) -> Inputs:
     return Inputs(tokenizer, data, Judge(rewards, tokenizer, config.rewards.timeout))
 
 
-def run(path: Path, overrides: list[str], *, dry_run: bool, console: Console) -> bool:
+def run(config: Config, *, dry_run: bool, console: Console) -> bool:
     """`rl-train run`. Returns whether the run came to its end."""
-    config = load_config(path, overrides)
     inputs = prepare(config, console)
     if dry_run:
         _show_plan(config, inputs, console)
@@ -97,9 +96,8 @@ def run(path: Path, overrides: list[str], *, dry_run: bool, console: Console) ->
     return _train(config, run_dir, inputs, State(), None, console)
 
 
-def resume(run_dir: Path, overrides: list[str], *, console: Console) -> bool:
+def resume(run_dir: Path, config: Config, *, console: Console) -> bool:
     """`rl-train resume`: go on from the newest checkpoint, or from the start if there is none yet."""
-    config = _config_of(run_dir, overrides)
     checkpoint = latest_checkpoint(run_dir)
     state = read_state(checkpoint) if checkpoint else State()
     inputs = prepare(config, console)
@@ -110,12 +108,10 @@ def resume(run_dir: Path, overrides: list[str], *, console: Console) -> bool:
     return _train(config, run_dir, inputs, state, checkpoint, console, resumed=True)
 
 
-def evaluate_run(target: Path, overrides: list[str], *, console: Console) -> dict[str, float]:
+def evaluate_run(config: Config, run_dir: Path | None, *, console: Console) -> dict[str, float]:
     """`rl-train eval`: the held-out score of a run's adapter, or of a config's model as it is before training."""
-    run_dir = target if target.is_dir() else None
-    config = _config_of(run_dir, overrides) if run_dir else load_config(target, overrides)
     if config.eval.dataset_name is None:
-        raise UserError(f"{target} has no evaluation data", fix="set eval.dataset_name")
+        raise UserError("the config has no evaluation data", fix="set eval.dataset_name")
     if config.algorithm.name != "grpo":
         raise UserError(
             f"algorithm.name is {config.algorithm.name!r}: there are no rewards to score completions with",
@@ -132,13 +128,15 @@ def evaluate_run(target: Path, overrides: list[str], *, console: Console) -> dic
     if run_dir:
         write_rollouts(run_dir, step, rows, kind="eval")
     console.print_completions(rows, config.log.num_completions_to_print)
-    console.table(f"Held-out evaluation of {target}", [(k, f"{v:.4f}") for k, v in metrics.items()])
+    console.table(
+        f"Held-out evaluation of {run_dir or config.model.model_name_or_path}",
+        [(k, f"{v:.4f}") for k, v in metrics.items()],
+    )
     return metrics
 
 
-def check(path: Path, overrides: list[str], *, num_prompts: int, console: Console) -> None:
+def check(config: Config, *, num_prompts: int, console: Console) -> None:
     """`rl-train check`: sample and score a few completions and compare trainer and engine log-probs; no training."""
-    config = load_config(path, overrides)
     inputs = prepare(config, console)
     if config.algorithm.name != "grpo":
         _show_plan(config, inputs, console)
@@ -174,7 +172,6 @@ def check(path: Path, overrides: list[str], *, num_prompts: int, console: Consol
 
 def report(run_dir: Path, *, console: Console) -> Path:
     """`rl-train report`."""
-    _config_of(run_dir, [])
     path = write_report(run_dir)
     console.note(f"report: {path}")
     return path
@@ -296,16 +293,6 @@ def _with_free_folder(config: Config, console: Console) -> Config:
     if number > 1:
         console.note(f"{config.run_dir} exists, so this run is named {name}")
     return config.model_copy(update={"run_name": name})
-
-
-def _config_of(run_dir: Path, overrides: list[str]) -> Config:
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(
-            f"{run_dir} is no run folder: it has no config.yaml", fix="give a folder that rl-train run made"
-        )
-    config = load_config(run_dir / "config.yaml", overrides)
-    # A run folder that was moved or renamed is still the same run.
-    return config.model_copy(update={"output_dir": str(run_dir.parent), "run_name": run_dir.resolve().name})
 
 
 def _adapter_folder(run_dir: Path) -> Path:

@@ -59,6 +59,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return parse_config(_resolve_paths(raw, path.resolve().parent), source=str(path))
 
 
+def load_run_config(run_dir: Path, overrides: list[str] | None = None) -> Config:
+    """The config of a run folder, which may have been moved or renamed since.
+
+    Raises:
+        UserError: it is no run folder, or an override is wrong.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(
+            f"{run_dir} is no run folder: it has no config.yaml", fix="give a folder that rl-train run made"
+        )
+    config = load_config(run_dir / "config.yaml", overrides)
+    return config.model_copy(update={"output_dir": str(run_dir.parent), "run_name": run_dir.resolve().name})
+
+
 def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
     """Check a plain mapping. Raises UserError with every problem in it."""
     try:

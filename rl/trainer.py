@@ -164,7 +164,8 @@ class Trainer:
             batch = self._with_stored_log_probs(batch)
         for _ in range(algorithm.num_iterations):
             for part in split_evenly(batch, config.train.steps_per_generation, config.rollout.num_generations):
-                self._policy_update(part, meter)
+                if state.step < self.total_steps:  # the last rollout batch may hold more updates than are left
+                    self._policy_update(part, meter)
         with self._clock("hand_over"):
             self._engine.load_adapter(state.step)
 

@@ -87,7 +87,7 @@ def test_head_equals_autograd(options: dict[str, Any], biased: bool, generator: 
         o = HeadOptions(**options, chunk_size=chunk)
         ours = run(lambda x, o=o: linear_logprob(x, weight, targets, bias=bias, options=o))
         for name, a, b in zip(("log-probs", "entropy", "gradient"), ours, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda m, n=name, c=chunk: f"{n}, {c}: {m}")
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=f"{name} with chunks of {chunk}")
 
 
 def test_head_takes_a_gradient_of_the_log_probs_alone(generator: torch.Generator) -> None:
@@ -287,10 +287,10 @@ OBJECTIVES: list[Any] = [
     {"delta": 1.6},
     {"beta": 0.3},
     {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 2.0, "beta": 0.05},
-    # Here delta, not the upper clip, ends the gradient of positive advantages.
+    # delta below the upper clip: it ends the gradient of positive advantages, the upper clip that of negative ones.
     pytest.param(
         {"epsilon": 0.6, "delta": 1.2},
-        marks=pytest.mark.xfail(strict=True, reason="`_clip` keeps the gradient of A > 0 between delta and 1 + high"),
+        marks=pytest.mark.xfail(strict=True, reason="`_clip` takes the wrong branch between delta and 1 + high"),
     ),
 ]
 

@@ -153,6 +153,7 @@ def train_by_command(folder: Path, model_folder: Path) -> None:
     import io
 
     from tandem.rl.commands import run
+    from tandem.rl.config_file import load_config
     from tandem.rl.console import Console
 
     (folder / "reward.py").write_text("def longest(completions, **columns): return [len(c) for c in completions]\n")
@@ -172,7 +173,8 @@ def train_by_command(folder: Path, model_folder: Path) -> None:
             }
         )
     )
-    assert run(folder / "config.yaml", [], dry_run=False, console=Console(stdout=io.StringIO())), "the run was stopped"
+    config = load_config(folder / "config.yaml")
+    assert run(config, dry_run=False, console=Console(stdout=io.StringIO())), "the run was stopped"
 
 
 def tiny_model(folder: Path) -> Path:

@@ -148,6 +148,7 @@ def test_packing_does_not_change_its_arguments() -> None:
 
 def double_norms(model: torch.nn.Module) -> None:
     """transformers' RMSNorm works in float32, whose rounding would hide errors up to 1e-7."""
+    child: Any
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child).__name__.endswith("RMSNorm") and not type(child).__name__.startswith("Gemma"):
@@ -270,7 +271,7 @@ def assert_same(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     assert len(ours) == 2 * 7 * 2, "every linear layer's A and B has a gradient"
     assert max(g.abs().max().item() for g in expected.values()) > 1e-3
     for name, grad in expected.items():
-        torch.testing.assert_close(ours[name], grad, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(ours[name], grad, rtol=tolerance, atol=tolerance, msg=f"{name} differs")
 
 
 @pytest.mark.parametrize("options", ALGORITHMS, ids=str)
