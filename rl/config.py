@@ -178,9 +178,9 @@ class AlgorithmConfig(Section):
     dr_grpo over batch × max_completion_length."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """token: PPO/GRPO ratios per token; sequence: GSPO, one length-normalised ratio per sequence."""
-    epsilon: Annotated[float, Field(ge=0)] = 0.2
+    epsilon: Annotated[float, Field(gt=0)] = 0.2
     """Lower clip range of the ratio (and upper, unless epsilon_high is set). GSPO wants about 3e-4."""
-    epsilon_high: Annotated[float, Field(ge=0)] | None = None
+    epsilon_high: Annotated[float, Field(gt=0)] | None = None
     """Upper clip range (clip-higher); None: epsilon."""
     delta: Annotated[float, Field(gt=1)] | None = None
     """Dual clip: ratios above delta are cut for negative advantages too; None: off."""

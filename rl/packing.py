@@ -108,12 +108,16 @@ def _families(sequences: list[Sequence]) -> list[list[list[int]]]:
 def _split(sequences: list[Sequence], family: list[list[int]], max_tokens: int) -> list[list[int]]:
     """Cut a family that does not fit into blocks that do, each paying for the prompt again."""
     blocks: list[list[int]] = []
-    for unit in family:
-        if blocks and _cost(sequences, blocks[-1] + unit) <= max_tokens:
-            blocks[-1] += unit
+    # First fit by decreasing size: were two blocks able to share a pack, the second would be in the first already,
+    # so a pack never holds one prompt twice.
+    for unit in sorted(family, key=lambda unit: -_cost(sequences, unit)):
+        for block in blocks:
+            if _cost(sequences, block + unit) <= max_tokens:
+                block += unit
+                break
         else:
             blocks.append(list(unit))
-    return blocks
+    return [sorted(block) for block in blocks]
 
 
 def _shares(sequences: list[Sequence], block: list[int]) -> bool:

@@ -148,10 +148,11 @@ def _clip(
     """The pessimistic surrogate and where its unclipped branch, the only one with a gradient, is in force."""
     free = ratio if delta is None else ratio.clamp(max=delta)
     surrogate = torch.minimum(free * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
-    up = (advantage > 0) & (ratio < 1 + high)
+    top = 1 + high
+    up = (advantage > 0) & (ratio < (top if delta is None else min(delta, top)))
     down = (advantage < 0) & (ratio > 1 - low)
     if delta is not None:
-        down &= ratio < delta
+        down &= ratio < max(delta, top)
     return surrogate, (up | down).double()
 
 

@@ -407,18 +407,18 @@ def test_reused_rollouts_train_with_every_loss(place: Path, tmp_path: Path, loss
         "algorithm.num_iterations=2",
         "algorithm.beta=0.1",
         "train.steps_per_generation=2",
-        "train.max_steps=8",
+        "train.max_steps=7",  # no multiple of the four updates per rollout batch: the last batch is cut short
         "warmup.max_steps=0",
         "eval.dataset_name=null",
         "checkpoint.save_steps=0",
     )
     assert done.code == 0, done.err
     lines = metrics(tmp_path / "grpo")
-    assert [line["step"] for line in lines] == [4, 8]
+    assert [line["step"] for line in lines] == [4, 7]
     assert all(line["grad_norm"] > 0 for line in lines)
     assert lines[1]["kl"] > 0
     assert lines[0]["sampling/sampling_logp_difference/max"] < 1e-3, "compared with the policy that sampled"
-    assert summary(tmp_path / "grpo")["steps"] == 8
+    assert summary(tmp_path / "grpo")["steps"] == 7
 
 
 def test_eval_of_a_run_scores_its_adapter(place: Path, grpo_run: tuple[Path, Done]) -> None:
