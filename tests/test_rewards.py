@@ -17,6 +17,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -636,6 +637,15 @@ def test_signals_in_use_are_left_alone() -> None:
         signal.signal(signal.SIGUSR1, before[1])
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises even where the test process was started with SIGINT ignored, as in a background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_keyboard_interrupt_passes_through(kind: str) -> None:
     def interrupt(completions):
