@@ -1,0 +1,26 @@
+"""What the README says about results stands in the results' files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_demo_table_is_that_of_the_newest_result():
+    spec = importlib.util.spec_from_file_location("demo_seeds", ROOT / "benchmarks" / "demo_seeds.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    newest = sorted((ROOT / "benchmarks" / "results").glob("demo-cpu-*.json"))[-1]
+    table = module.table(json.loads(newest.read_text(encoding="utf-8")), newest)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.partition(module.BEGIN)[2].partition(module.END)[0].strip() == table
+
+
+def test_every_seed_of_the_demo_gains_a_quarter():
+    newest = sorted((ROOT / "benchmarks" / "results").glob("demo-cpu-*.json"))[-1]
+    rows = json.loads(newest.read_text(encoding="utf-8"))["rows"]
+    assert len({row["seed"] for row in rows}) >= 3
+    assert all(row["score_after"] - row["score_before"] >= 0.25 for row in rows)
