@@ -66,7 +66,7 @@ class TransformersEngine:
             for p in prompts
             for k in range(sampling.num_generations)
         ]
-        wave = self._max_in_flight or len(requests)
+        wave = self._max_in_flight or max(len(requests), 1)
         for start in range(0, len(requests), wave):
             self._generate_wave(requests[start : start + wave], sampling)
             if progress:

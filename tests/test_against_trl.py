@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tandem.kernels.linear_logprob import HeadOptions
 from tandem.rl.config import AlgorithmConfig, LoraConfig, ModelConfig
 from tandem.rl.lora import attach_lora, trainable
 from tandem.rl.metrics import Meter
-from tandem.rl.model import LanguageModel, load_model
+from tandem.rl.model import LanguageModel, load_model, with_sampling
 from tandem.rl.packing import pack
 from tandem.rl.samples import Sequence
-from tandem.rl.step import PolicyBatch, policy_backward
+from tandem.rl.step import PolicyBatch, policy_backward, sequence_log_probs
 
 LONGEST = 10
 
@@ -60,8 +63,8 @@ def batch() -> PolicyBatch:
     return PolicyBatch(sequences, advantages, [[0.0] * s.num_scored for s in sequences], old_log_probs=noise)
 
 
-def padded(batch: PolicyBatch, columns: dict[str, list[torch.Tensor] | None]) -> dict[str, torch.Tensor]:
-    """TRL's layout: prompts padded on the left, completions on the right."""
+def padded(batch: PolicyBatch, num_items: int) -> dict[str, torch.Tensor]:
+    """TRL's layout: prompts padded on the left, completions on the right. `num_items` counts the optimiser batch."""
     sequences = batch.sequences
     width = max(len(s.prompt_ids) for s in sequences)
     length = max(len(s.completion_ids) for s in sequences)
@@ -72,18 +75,29 @@ def padded(batch: PolicyBatch, columns: dict[str, list[torch.Tensor] | None]) ->
 
     prompt = [[0] * (width - len(s.prompt_ids)) + s.prompt_ids for s in sequences]
     prompt_mask = [[0] * (width - len(s.prompt_ids)) + [1] * len(s.prompt_ids) for s in sequences]
+    optional = {"old_per_token_logps": batch.old_log_probs, "ref_per_token_logps": batch.ref_log_probs}
     return {
         "prompt_ids": torch.tensor(prompt),
         "prompt_mask": torch.tensor(prompt_mask),
         "completion_ids": right([s.completion_ids for s in sequences]),
-        "completion_mask": right([[1] * len(s.completion_ids) for s in sequences]),
+        "completion_mask": right([[int(scored) for scored in s.mask] for s in sequences]),
         "advantages": torch.tensor(batch.advantages),
-        "num_items_in_batch": torch.tensor(sum(s.num_scored for s in sequences)),
-        **{name: right(values) for name, values in columns.items() if values is not None},
+        "num_items_in_batch": torch.tensor(num_items),
+        **{name: right(values) for name, values in optional.items() if values is not None},
     }
 
 
-def trl_step(lm: LanguageModel, batch: PolicyBatch, options: dict, folder) -> tuple[float, dict[str, torch.Tensor]]:
+@dataclass
+class Outcome:
+    """What one side made of the batch."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    metrics: dict[str, float]
+
+
+def trl_step(lm: LanguageModel, micro_batches: list[PolicyBatch], options: dict, folder: Path) -> Outcome:
+    """TRL's trainer on the micro-batches of one optimiser step, gradients accumulated as it does."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -96,7 +110,8 @@ def trl_step(lm: LanguageModel, batch: PolicyBatch, options: dict, folder) -> tu
         use_cpu=True,
         bf16=False,
         report_to="none",
-        per_device_train_batch_size=6,
+        per_device_train_batch_size=len(micro_batches[0].sequences),
+        gradient_accumulation_steps=len(micro_batches),
         num_generations=3,
         max_completion_length=LONGEST,
         gradient_checkpointing=False,
@@ -110,12 +125,22 @@ def trl_step(lm: LanguageModel, batch: PolicyBatch, options: dict, folder) -> tu
         processing_class=tokenizer,
         reward_funcs=[lambda completions, **columns: [0.0] * len(completions)],
     )
-    trainer.current_gradient_accumulation_steps = 1
-    inputs = padded(batch, {"old_per_token_logps": batch.old_log_probs, "ref_per_token_logps": batch.ref_log_probs})
+    # transformers' training loop sets this at the start of every optimiser step.
+    trainer.current_gradient_accumulation_steps = len(micro_batches)
     trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, inputs)
-    loss.backward()
-    return loss.item(), taken_gradients(lm)
+    num_items = sum(s.num_scored for b in micro_batches for s in b.sequences)
+    losses = [trainer.compute_loss(trainer.model, padded(b, num_items)) for b in micro_batches]
+    sum(losses).backward()
+    metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
+    return Outcome(sum(losses).item(), taken_gradients(lm), metrics)
+
+
+def our_step(lm: LanguageModel, batch: PolicyBatch, options: dict, head: HeadOptions) -> Outcome:
+    meter = Meter()
+    algorithm = AlgorithmConfig(**options)
+    policy_backward(lm, pack(batch.sequences, 30), batch, algorithm, head, meter, max_completion_length=LONGEST)
+    metrics = meter.result()
+    return Outcome(metrics["loss"], taken_gradients(lm), metrics)
 
 
 def taken_gradients(lm: LanguageModel) -> dict[str, torch.Tensor]:
@@ -125,39 +150,89 @@ def taken_gradients(lm: LanguageModel) -> dict[str, torch.Tensor]:
     return gradients
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"loss_type": "grpo"},
-        {"loss_type": "bnpo", "epsilon_high": 0.5},
-        {"loss_type": "dr_grpo", "delta": 1.5},
-        {"loss_type": "dapo", "epsilon": 0.1, "epsilon_high": 0.3},
-        {"loss_type": "grpo", "beta": 0.1},
-        {"loss_type": "dapo", "beta": 0.04},
-        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.05},
-        {"loss_type": "dapo", "importance_sampling_level": "sequence", "beta": 0.1},
-    ],
-    ids=lambda o: "-".join(map(str, o.values())),
-)
-def test_loss_and_gradients_equal_those_of_trl(lm, batch, options, tmp_path):
-    from tandem.rl.step import sequence_log_probs
+def with_policies(lm: LanguageModel, batch: PolicyBatch, head: HeadOptions, *, reference: bool) -> PolicyBatch:
+    """The batch with old (and reference) log-probs at a known distance from the present policy's."""
+    assert batch.old_log_probs is not None
+    own = sequence_log_probs(lm, pack(batch.sequences, 30), len(batch.sequences), head)
+    noise = [n if s.num_scored else n[:0] for s, n in zip(batch.sequences, batch.old_log_probs, strict=True)]
+    ref = [p - 0.5 * n for p, n in zip(own, noise, strict=True)] if reference else None
+    old = [p + n for p, n in zip(own, noise, strict=True)]
+    return replace(batch, old_log_probs=old, ref_log_probs=ref)
 
-    packs = pack(batch.sequences, 30)
-    own = sequence_log_probs(lm, packs, len(batch.sequences), lm.head)
-    old = [p + n for p, n in zip(own, batch.old_log_probs, strict=True)]
-    ref = [p - 0.5 * n for p, n in zip(own, batch.old_log_probs, strict=True)] if "beta" in options else None
-    same = PolicyBatch(batch.sequences, batch.advantages, batch.rollout_log_probs, old, ref)
-    loss, expected = trl_step(lm, same, options, tmp_path)
 
-    algorithm = AlgorithmConfig(**options)
-    meter = Meter()
-    policy_backward(lm, packs, same, algorithm, lm.head, meter, max_completion_length=LONGEST)
-    ours = taken_gradients(lm)
+def assert_same(ours: Outcome, expected: Outcome) -> None:
     # TRL reports policy and KL term together, and so do we.
-    assert meter.result()["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
-    largest = max(float(g.abs().max()) for g in expected.values())
+    assert ours.loss == pytest.approx(expected.loss, rel=1e-5, abs=1e-6)
+    largest = max(float(g.abs().max()) for g in expected.gradients.values())
     assert largest > 1e-4
-    for name, gradient in expected.items():
+    for name, gradient in expected.gradients.items():
         torch.testing.assert_close(
-            ours[name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
+            ours.gradients[name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+CLIPS = [
+    {},
+    {"epsilon": 0.1, "epsilon_high": 0.5},
+    {"epsilon": 0.1, "epsilon_high": 0.15, "delta": 1.3},
+    {"delta": 1.05},
+]
+# Every average with every ratio and with and without the KL term; the clip variants take turns.
+GRID = [
+    {"loss_type": loss, "importance_sampling_level": level, "beta": beta} | CLIPS[(i + j + k) % len(CLIPS)]
+    for i, loss in enumerate(("grpo", "bnpo", "dr_grpo", "dapo"))
+    for j, level in enumerate(("token", "sequence"))
+    for k, beta in enumerate((0.0, 0.1))
+]
+
+
+@pytest.mark.parametrize("options", GRID, ids=lambda o: "-".join(map(str, o.values())))
+def test_loss_and_gradients_equal_those_of_trl(lm, batch, options, tmp_path):
+    same = with_policies(lm, batch, lm.head, reference=bool(options["beta"]))
+    expected = trl_step(lm, [same], options, tmp_path)
+    ours = our_step(lm, same, options, lm.head)
+    assert_same(ours, expected)
+    names = ["entropy", *(["kl"] if options["beta"] else [])]
+    if options["importance_sampling_level"] == "token" and options.get("delta") is None:
+        # With `delta` TRL counts clipped ratios after the cut, and a sequence's ratio once instead of per token.
+        assert expected.metrics["clip_ratio/low_mean"] > 0
+        assert expected.metrics["clip_ratio/high_mean"] > 0
+        names += ["clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"]
+    for name in names:
+        assert ours.metrics[name] == pytest.approx(expected.metrics[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
+def test_packs_equal_trls_accumulated_micro_batches(lm, batch, loss_type, tmp_path):
+    """bnpo is left out: TRL averages it per micro-batch, so that it depends on how the batch is cut."""
+    same = with_policies(lm, batch, lm.head, reference=True)
+    options = {"loss_type": loss_type, "beta": 0.1}
+    # The cut goes across groups, and the two parts hold different numbers of tokens.
+    parts = [same.subset([0, 3, 4]), same.subset([1, 2, 5])]
+    assert len({sum(s.num_scored for s in part.sequences) for part in parts}) == 2
+    assert_same(our_step(lm, same, options, lm.head), trl_step(lm, parts, options, tmp_path))
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_a_masked_completion_counts_as_in_trl(lm, batch, loss_type, tmp_path):
+    sequences = [replace(s, mask=[False] * len(s.mask)) if i == 2 else s for i, s in enumerate(batch.sequences)]
+    rollout = [[0.0] * s.num_scored for s in sequences]
+    masked = replace(batch, sequences=sequences, rollout_log_probs=rollout)
+    same = with_policies(lm, masked, lm.head, reference=False)
+    options = {"loss_type": loss_type}
+    assert_same(our_step(lm, same, options, lm.head), trl_step(lm, [same], options, tmp_path))
+
+
+def test_the_temperature_enters_as_in_trl(lm, batch, tmp_path):
+    head = with_sampling(lm.head, temperature=0.6, top_k=0, top_p=1.0, chunk_size=7)
+    same = with_policies(lm, batch, head, reference=False)
+    expected = trl_step(lm, [same], {"loss_type": "dapo", "temperature": 0.6}, tmp_path)
+    ours = our_step(lm, same, {"loss_type": "dapo"}, head)
+    assert_same(ours, expected)
+    assert ours.metrics["entropy"] == pytest.approx(expected.metrics["entropy"], rel=1e-5)
+
+
+def test_without_old_log_probs_the_ratio_is_one_as_in_trl(lm, batch, tmp_path):
+    same = replace(batch, old_log_probs=None)
+    options = {"loss_type": "dapo"}
+    assert_same(our_step(lm, same, options, lm.head), trl_step(lm, [same], options, tmp_path))
