@@ -116,7 +116,7 @@ def load_reward(
         UserError: nothing of that name, an error while importing it, not callable, or kwargs that it does not take.
     """
     if isinstance(function, str):
-        found, label = _find(function), function
+        found, label = _find(function, "reward function"), function
         name = name or function.rpartition(":")[2]
     else:
         found, label = function, repr(function)
@@ -127,6 +127,20 @@ def load_reward(
     reward = Reward(name, found, float(weight), dict(kwargs or {}))
     _check_kwargs(reward)
     return reward
+
+
+def load_function(spec: str, what: str) -> Callable[..., Any]:
+    """A function of the user, given as `FILE.py:function` or `module:function`; `what` names its role in errors.
+
+    Raises:
+        UserError: nothing of that name, an error while importing it, or not callable.
+    """
+    if ":" not in spec:
+        raise UserError(f"{what} {spec!r} is incomplete", fix="write FILE.py:FUNCTION or MODULE:FUNCTION")
+    found = _find(spec, what)
+    if not callable(found):
+        raise UserError(f"{what} {spec!r} is not callable: it is {type(found).__name__}", fix="name a function")
+    return found
 
 
 def completion_text(completion: str | list[dict[str, Any]]) -> str:
@@ -166,22 +180,22 @@ class _SourceLoader(SourceFileLoader):
         return code
 
 
-def _find(spec: str) -> Any:
+def _find(spec: str, what: str) -> Any:
     where, colon, attribute = spec.rpartition(":")
     if not colon:
         return _find_built_in(spec)
     if not where or not attribute:
-        raise UserError(f"reward function {spec!r} is incomplete", fix="write FILE.py:FUNCTION or MODULE:FUNCTION")
+        raise UserError(f"{what} {spec!r} is incomplete", fix="write FILE.py:FUNCTION or MODULE:FUNCTION")
     if where.endswith(".py") or "/" in where:
-        module = _load_file(where, spec)
+        module = _load_file(where, spec, what)
     else:
-        module = _import_module(where, spec)
+        module = _import_module(where, spec, what)
     try:
         return getattr(module, attribute)
     except AttributeError:
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise UserError(
-            f"reward function {spec!r}: {where} has no {attribute!r}{nearest(attribute, names)}",
+            f"{what} {spec!r}: {where} has no {attribute!r}{nearest(attribute, names)}",
             fix=f"it defines {', '.join(sorted(names))}" if names else "define the function in it",
         ) from None
 
@@ -200,13 +214,13 @@ def _find_built_in(name: str) -> Any:
     )
 
 
-def _load_file(where: str, spec: str) -> ModuleType:
+def _load_file(where: str, spec: str, what: str) -> ModuleType:
     """The module of a Python file; one file is loaded once, and again after it was changed."""
     path = Path(where).expanduser().resolve()
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise UserError(
-            f"reward function {spec!r}: there is no file {str(path)!r}{nearest(path.name, siblings)}",
+            f"{what} {spec!r}: there is no file {str(path)!r}{nearest(path.name, siblings)}",
             fix="give the path from the working directory, or an absolute one",
         )
     stat = path.stat()
@@ -231,11 +245,11 @@ def _load_file(where: str, spec: str) -> ModuleType:
             sys.path.remove(folder)
         if isinstance(error, KeyboardInterrupt):
             raise
-        raise _import_problem(spec, error, str(path)) from error
+        raise _import_problem(spec, what, error, str(path)) from error
     return module
 
 
-def _import_module(where: str, spec: str) -> ModuleType:
+def _import_module(where: str, spec: str, what: str) -> ModuleType:
     # A console script, unlike `python -m`, does not see the working directory.
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
@@ -247,28 +261,26 @@ def _import_module(where: str, spec: str) -> ModuleType:
     except BaseException as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{where}.".startswith(f"{error.name}."):
             raise UserError(
-                f"reward function {spec!r}: there is no module {error.name!r}",
+                f"{what} {spec!r}: there is no module {error.name!r}",
                 fix="install it, start from the folder that holds it, or write FILE.py:FUNCTION",
             ) from None
         found = sys.modules.get(where)
-        raise _import_problem(spec, error, getattr(found, "__file__", None)) from error
+        raise _import_problem(spec, what, error, getattr(found, "__file__", None)) from error
 
 
-def _import_problem(spec: str, error: BaseException, file: str | None) -> UserError:
+def _import_problem(spec: str, what: str, error: BaseException, file: str | None) -> UserError:
     if isinstance(error, SyntaxError):
         place = f"{error.filename}:{error.lineno}"
         line = (error.text or "").strip()
-        return UserError(
-            f"reward function {spec!r}: syntax error at {place}: {error.msg}" + (f": {line}" if line else "")
-        )
+        return UserError(f"{what} {spec!r}: syntax error at {place}: {error.msg}" + (f": {line}" if line else ""))
     place = locate(error, file) or str(file)
     if isinstance(error, ModuleNotFoundError):
         return UserError(
-            f"reward function {spec!r}: {place} imports {error.name!r}, which is not installed",
-            fix=f"install {error.name!r} in this environment, or put its file beside the reward's",
+            f"{what} {spec!r}: {place} imports {error.name!r}, which is not installed",
+            fix=f"install {error.name!r} in this environment, or put its file beside that one",
         )
     return UserError(
-        f"reward function {spec!r} cannot be imported: {type(error).__name__}: {error}",
+        f"{what} {spec!r} cannot be imported: {type(error).__name__}: {error}",
         reason=f"raised at {place}",
         fix="the file must import without errors; try it with python",
     )

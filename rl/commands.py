@@ -12,22 +12,24 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tandem.rewards.base import load_reward
+from tandem.rewards.base import load_function, load_reward
 from tandem.rl.checkpoint import State, latest_checkpoint, read_state, restore
 from tandem.rl.columns import Kind, check_columns
-from tandem.rl.config import Config, DataConfig, EvalConfig, WarmupConfig
+from tandem.rl.config import AlgorithmConfig, Config, DataConfig, EvalConfig, WarmupConfig
 from tandem.rl.config_file import save_config
 from tandem.rl.console import Console
-from tandem.rl.errors import UserError
+from tandem.rl.errors import UserError, cause
 from tandem.rl.evaluate import Judge, eval_sampling, evaluate, training_sampling
 from tandem.rl.examples import load_supervised
 from tandem.rl.journal import drop_after, write_rollouts
 from tandem.rl.lora import attach_lora, load_adapter, trainable
 from tandem.rl.model import LanguageModel, load_model, load_tokenizer
 from tandem.rl.optim import make_optimizer
+from tandem.rl.policy_loss import LossValue, PolicyTokens, custom_policy_loss, policy_loss
 from tandem.rl.prompts import load_prompts
 from tandem.rl.report import write_report
 from tandem.rl.rows import load_rows
+from tandem.rl.step import Objective
 from tandem.rl.trackers import Trackers
 from tandem.rl.trainer import Trainer, TrainingData, policy_batch, total_steps, with_advantages
 from tandem.rollout.transformers_engine import TransformersEngine
@@ -40,6 +42,7 @@ class Inputs:
     tokenizer: Any
     data: TrainingData
     judge: Judge
+    objective: Objective
 
 
 def prepare(config: Config, console: Console) -> Inputs:
@@ -62,6 +65,7 @@ def prepare(config: Config, console: Console) -> Inputs:
     rewards = [
         load_reward(s.function, name=s.name, weight=s.weight, kwargs=s.kwargs) for s in config.rewards.reward_funcs
     ]
+    objective = _objective(config)
     tokenizer = load_tokenizer(config.model)
 
     def prompts(rows: Any) -> list:
@@ -79,7 +83,7 @@ def prepare(config: Config, console: Console) -> Inputs:
         eval_examples=[] if rl else examples(eval_rows),
         warmup=examples(warmup_rows),
     )
-    return Inputs(tokenizer, data, Judge(rewards, tokenizer, config.rewards.timeout))
+    return Inputs(tokenizer, data, Judge(rewards, tokenizer, config.rewards.timeout), objective)
 
 
 def run(config: Config, *, dry_run: bool, console: Console) -> bool:
@@ -214,6 +218,7 @@ def _train(
             trackers=trackers,
             console=console,
             should_stop=lambda: bool(stopped),
+            objective=inputs.objective,
         )
         started = time.perf_counter()
         finished = trainer.fit()
@@ -239,6 +244,25 @@ def _open_model(config: Config, inputs: Inputs) -> tuple[LanguageModel, Transfor
         lm.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     stop = stop_token_ids(lm.tokenizer, lm.causal_lm.generation_config, config.rollout.stop_token_ids)
     return lm, TransformersEngine(lm, max_in_flight=config.rollout.max_in_flight), stop
+
+
+def _objective(config: Config) -> Objective:
+    """The objective of loss_type, or the user's own function with its errors explained."""
+    spec = config.algorithm.loss
+    if spec is None:
+        return policy_loss
+    function = load_function(spec, "loss function")
+
+    def own(tokens: PolicyTokens, options: AlgorithmConfig) -> LossValue:
+        try:
+            return custom_policy_loss(tokens, options, function)
+        except Exception as error:
+            raise UserError(
+                f"loss function {spec!r} failed: {cause(error)}",
+                fix="it gets (tokens, algorithm) and returns a scalar tensor that depends on tokens.log_probs",
+            ) from error
+
+    return own
 
 
 def _rows(section: DataConfig | EvalConfig | WarmupConfig, split: str, name: str) -> Any:
@@ -319,7 +343,7 @@ def _log_prob_difference(lm: LanguageModel, config: Config, rows: list) -> float
         chunk_size=config.train.logprob_chunk_size,
     )
     batch = policy_batch(rows, mask_truncated=False)
-    own = sequence_log_probs(lm, pack(batch.sequences, 4096), len(rows), head)
+    own, _ = sequence_log_probs(lm, pack(batch.sequences, 4096), len(rows), head)
     return max(
         float((a.cpu() - torch.tensor(b)).abs().max()) for a, b in zip(own, batch.rollout_log_probs, strict=True)
     )

@@ -173,25 +173,55 @@ class AlgorithmConfig(Section):
 
     name: Literal["grpo", "sft"] = "grpo"
     """grpo: reinforcement learning from rewards; sft: supervised fine-tuning."""
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
-    """How token losses are averaged: grpo per sequence; bnpo and dapo over all tokens of the optimiser batch;
-    dr_grpo over batch × max_completion_length."""
-    importance_sampling_level: Literal["token", "sequence"] = "token"
-    """token: PPO/GRPO ratios per token; sequence: GSPO, one length-normalised ratio per sequence."""
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "reinforce"] = "dapo"
+    """Objective and average: grpo per sequence; bnpo and dapo over all tokens of the optimiser batch; dr_grpo over
+    batch × max_completion_length; cispo, sapo and reinforce replace the clip (see docs/objectives.md)."""
+    loss: str | None = None
+    """`FILE.py:function` or `module:function` that replaces loss_type's objective: gets (tokens, algorithm), returns
+    a scalar tensor; loss_type still says how tokens are averaged (`tokens.weights`)."""
+    importance_sampling_level: Literal["token", "sequence", "sequence_token"] = "token"
+    """token: ratios per token; sequence: GSPO, one length-normalised ratio per sequence; sequence_token: GSPO-token."""
     epsilon: Annotated[float, Field(gt=0)] = 0.2
     """Lower clip range of the ratio (and upper, unless epsilon_high is set). GSPO wants about 3e-4."""
     epsilon_high: Annotated[float, Field(gt=0)] | None = None
-    """Upper clip range (clip-higher); None: epsilon."""
+    """Upper clip range (clip-higher); None: epsilon. For cispo the largest ratio itself, for example 5."""
     delta: Annotated[float, Field(gt=1)] | None = None
     """Dual clip: ratios above delta are cut for negative advantages too; None: off."""
+    sapo_temperature_pos: Annotated[float, Field(gt=0)] = 1.0
+    """SAPO's gate temperature for positive advantages."""
+    sapo_temperature_neg: Annotated[float, Field(gt=0)] = 1.05
+    """SAPO's gate temperature for negative advantages."""
     beta: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL term against the reference policy (the model with the adapter off); 0: no reference pass."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """k1: subtracted from the reward, summed over the completion; k2, k3: a term of the loss."""
+    use_bias_correction_kl: bool = True
+    """Multiply k3 by the importance ratio, which makes its gradient unbiased."""
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the entropy bonus, a mean over the optimiser batch's tokens."""
+    top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Only this share of the optimiser batch's tokens, those of the highest entropy, carries the objective."""
+    advantage_estimator: Literal["group", "rloo", "reinforce_plus_plus"] = "group"
+    """group: reward minus the group's mean, scaled by scale_rewards; rloo: minus the mean of the others; unscaled;
+    reinforce_plus_plus: standardised over the batch."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the standard deviation of the group, of the batch, or not at all (Dr. GRPO)."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """normalize_then_sum: standardise each reward within its group before weighting (GDPO)."""
+    drop_uniform_groups: bool = False
+    """Leave groups without any difference in reward out of the batch, averages included."""
     num_iterations: Positive = 1
     """Passes over each rollout batch."""
     mask_truncated_completions: bool = False
     """Completions cut by the length limit carry no loss."""
+    rollout_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "token_truncate"
+    )
+    """Importance weight between trainer and engine log-probs: truncated (TIS) or masked outside its range (MIS)."""
+    rollout_correction_max: Annotated[float, Field(gt=1)] = 3.0
+    """Largest weight."""
+    rollout_correction_min: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Smallest weight; None: 0."""
 
     @field_validator("scale_rewards", mode="before")
     @classmethod
@@ -401,6 +431,11 @@ class Config(Section):
             raise ValueError(
                 f"train.steps_per_generation is {self.train.steps_per_generation}, but a rollout batch holds {prompts} "
                 f"prompts ({batch} completions / {group} generations): use a divisor of {prompts}"
+            )
+        if self.algorithm.loss_type == "cispo" and (self.algorithm.epsilon_high or 0) < 1:
+            raise ValueError(
+                f"algorithm.epsilon_high is {self.algorithm.epsilon_high}: for cispo it is the largest ratio, "
+                "so it must be at least 1, for example 5"
             )
         if not self.rewards.reward_funcs:
             raise ValueError("rewards.reward_funcs is empty: RL needs at least one reward function")

@@ -14,7 +14,7 @@ from tandem.rl.config import Config
 from tandem.rl.errors import UserError
 
 # Fields whose value may name a file beside the config.
-_PATH_KEYS = {"dataset_name", "function", "init_from", "chat_template", "model_name_or_path"}
+_PATH_KEYS = {"dataset_name", "function", "loss", "init_from", "chat_template", "model_name_or_path"}
 
 
 class _UniqueKeys(yaml.SafeLoader):

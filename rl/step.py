@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
 from tandem.kernels.linear_logprob import HeadOptions, linear_logprob
 from tandem.kernels.packed_attention import Family, PackLayout
 from tandem.rl.config import AlgorithmConfig
-from tandem.rl.metrics import Meter
+from tandem.rl.metrics import How, Meter
 from tandem.rl.model import LanguageModel
 from tandem.rl.packing import Pack
-from tandem.rl.policy_loss import PolicyTokens, policy_loss, token_weights
+from tandem.rl.policy_loss import LossValue, PolicyTokens, policy_loss, token_weights
+from tandem.rl.rollout_correction import correction_weights
 from tandem.rl.samples import Sequence
+
+Objective = Callable[[PolicyTokens, AlgorithmConfig], LossValue]
 
 
 @dataclass
@@ -29,6 +33,7 @@ class PolicyBatch:
         old_log_probs: the trainer's log-probs at the time of the rollout, `[scored tokens]` each; None: this is the
             first step after the rollout, so they are those that the step itself computes.
         ref_log_probs: the reference policy's; None: no KL term.
+        entropies: of the scored tokens at rollout time, for the top-entropy mask; None where it is off.
     """
 
     sequences: list[Sequence]
@@ -36,6 +41,7 @@ class PolicyBatch:
     rollout_log_probs: list[list[float]]
     old_log_probs: list[torch.Tensor] | None = None
     ref_log_probs: list[torch.Tensor] | None = None
+    entropies: list[torch.Tensor] | None = None
 
     def subset(self, indices: list[int]) -> PolicyBatch:
         def pick(values):
@@ -47,6 +53,7 @@ class PolicyBatch:
             pick(self.rollout_log_probs),
             pick(self.old_log_probs),
             pick(self.ref_log_probs),
+            pick(self.entropies),
         )
 
 
@@ -76,16 +83,16 @@ def pack_log_probs(lm: LanguageModel, pack: Pack, head: HeadOptions) -> tuple[to
 @torch.no_grad()
 def sequence_log_probs(
     lm: LanguageModel, packs: list[Pack], num_sequences: int, head: HeadOptions
-) -> list[torch.Tensor]:
-    """Log-probs of every sequence's scored tokens, without gradients."""
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Log-probs and entropies of every sequence's scored tokens, without gradients."""
     empty = torch.empty(0, device=lm.device)
-    result = [empty] * num_sequences
+    log_probs, entropies = [empty] * num_sequences, [empty] * num_sequences
     with lm.packed():
         for pack in packs:
-            log_probs, _ = pack_log_probs(lm, pack, head)
-            for index, part in zip(pack.sequences, log_probs.split(pack.counts), strict=True):
-                result[index] = part
-    return result
+            parts = [values.split(pack.counts) for values in pack_log_probs(lm, pack, head)]
+            for index, log_prob, entropy in zip(pack.sequences, *parts, strict=True):
+                log_probs[index], entropies[index] = log_prob, entropy
+    return log_probs, entropies
 
 
 def policy_backward(
@@ -97,21 +104,32 @@ def policy_backward(
     meter: Meter,
     *,
     max_completion_length: int,
+    objective: Objective = policy_loss,
 ) -> None:
     """Add the gradient of the batch's objective to the adapter's `.grad`; log what happened in `meter`."""
     counts = [s.num_scored for s in batch.sequences]
     weights = token_weights(algorithm.loss_type, counts, max_completion_length=max_completion_length)
+    chosen = None if batch.entropies is None else top_entropy_masks(batch.entropies, algorithm.top_entropy_quantile)
+    entropy_tokens = sum(counts) if chosen is None else int(sum(c.sum() for c in chosen))
     with _training(lm):
         for pack in packs:
             log_probs, entropy = pack_log_probs(lm, pack, head)
             tokens = _policy_tokens(pack, log_probs.detach(), batch, weights)
-            value = policy_loss(tokens, algorithm)
-            log_probs.backward(value.grad.to(log_probs.dtype))
+            tokens = replace(
+                tokens,
+                correction=_correction(tokens, pack, batch, algorithm, meter),
+                chosen=None if chosen is None else torch.cat([chosen[i] for i in pack.sequences]),
+                entropy=entropy.detach(),
+                entropy_tokens=entropy_tokens,
+            )
+            value = objective(tokens, algorithm)
+            grads = [(log_probs, value.grad), (entropy, value.entropy_grad)]
+            roots = [(output, grad.to(output.dtype)) for output, grad in grads if grad is not None]
+            torch.autograd.backward([r[0] for r in roots], [r[1] for r in roots])
             meter.add("loss", value.loss, how="sum")
             meter.add("entropy", entropy.detach())
             for name, values in value.metrics.items():
                 meter.add(name, values)
-            _log_mismatch(meter, tokens, pack, batch)
 
 
 def supervised_backward(
@@ -149,19 +167,36 @@ def _policy_tokens(pack: Pack, log_probs: torch.Tensor, batch: PolicyBatch, weig
     )
 
 
-def _log_mismatch(meter: Meter, tokens: PolicyTokens, pack: Pack, batch: PolicyBatch) -> None:
-    """How far the engine's log-probs are from the trainer's at the time of the rollout, by TRL's names."""
+def _correction(
+    tokens: PolicyTokens, pack: Pack, batch: PolicyBatch, algorithm: AlgorithmConfig, meter: Meter
+) -> torch.Tensor | None:
+    """The tokens' rollout correction; logs how far engine and trainer are apart, by TRL's names."""
     rollout = torch.tensor(
         [p for i in pack.sequences for p in batch.rollout_log_probs[i]],
         dtype=torch.float64,
         device=tokens.log_probs.device,
     )
-    difference = tokens.old_log_probs.double() - rollout
-    meter.add("sampling/sampling_logp_difference/mean", difference.abs())
-    meter.add("sampling/sampling_logp_difference/max", difference.abs(), how="max")
-    ratio = difference.exp()
-    for how in ("min", "mean", "max"):
-        meter.add(f"sampling/importance_sampling_ratio/{how}", ratio, how=how)
+    correction, metrics = correction_weights(
+        tokens.old_log_probs, rollout, tokens.sequence, tokens.num_sequences, algorithm
+    )
+    for name, values in metrics.items():
+        how: How = "min" if name.endswith("/min") else "max" if name.endswith("/max") else "mean"
+        meter.add(name, values, how=how)
+    return correction
+
+
+def top_entropy_masks(entropies: list[torch.Tensor], share: float) -> list[torch.Tensor]:
+    """Which tokens belong to the given share of highest entropy in the whole batch (arXiv 2506.01939), by sequence."""
+    everything = torch.cat(entropies).double()
+    if not len(everything):
+        return [torch.zeros(0, dtype=torch.bool, device=e.device) for e in entropies]
+    # torch.quantile refuses more than 2^24 values; interpolation between order statistics is the same definition.
+    ordered = everything.sort().values
+    place = (1 - share) * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    threshold = ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return [e.double() >= threshold for e in entropies]
 
 
 @contextmanager
@@ -176,8 +211,8 @@ def _training(lm: LanguageModel) -> Iterator[None]:
 
 
 def split_evenly(batch: PolicyBatch, parts: int, num_generations: int) -> Iterator[PolicyBatch]:
-    """Cut a rollout batch into `parts` optimiser batches of whole groups."""
-    size = len(batch.sequences) // parts
-    assert size % num_generations == 0
-    for i in range(parts):
-        yield batch.subset(list(range(i * size, (i + 1) * size)))
+    """Cut a rollout batch into `parts` optimiser batches of whole groups, as equal as the number of groups allows."""
+    groups = len(batch.sequences) // num_generations
+    borders = [groups * i // parts * num_generations for i in range(parts + 1)]
+    for start, end in pairwise(borders):
+        yield batch.subset(list(range(start, end)))

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from tandem.rl.advantages import group_advantages
+from tandem.rl.advantages import advantages, uniform_groups
 from tandem.rl.checkpoint import State, save_checkpoint
-from tandem.rl.config import Config
+from tandem.rl.config import AlgorithmConfig, Config
 from tandem.rl.console import Console
 from tandem.rl.evaluate import Judge, eval_sampling, evaluate, training_sampling
 from tandem.rl.journal import write_rollouts
@@ -27,9 +28,17 @@ from tandem.rl.metrics import Meter, rollout_metrics
 from tandem.rl.model import LanguageModel, with_sampling
 from tandem.rl.optim import apply_gradients, learning_rate
 from tandem.rl.packing import pack
+from tandem.rl.policy_loss import policy_loss
 from tandem.rl.prompts import PromptSampler
 from tandem.rl.samples import Prompt, Scored, Sequence
-from tandem.rl.step import PolicyBatch, policy_backward, sequence_log_probs, split_evenly, supervised_backward
+from tandem.rl.step import (
+    Objective,
+    PolicyBatch,
+    policy_backward,
+    sequence_log_probs,
+    split_evenly,
+    supervised_backward,
+)
 from tandem.rl.trackers import Trackers
 from tandem.rollout.engine import RolloutEngine
 
@@ -67,10 +76,11 @@ class Trainer:
         trackers: Trackers,
         console: Console,
         should_stop: Callable[[], bool],
+        objective: Objective = policy_loss,
     ) -> None:
         self._config, self._run_dir = config, run_dir
         self._lm, self._engine, self._data, self._judge = lm, engine, data, judge
-        self._stop_token_ids = stop_token_ids
+        self._stop_token_ids, self._objective = stop_token_ids, objective
         self._optimizer, self._parameters = optimizer, trainable(lm)
         self._state, self._trackers, self._console, self._should_stop = state, trackers, console, should_stop
         rollout = config.rollout
@@ -158,14 +168,17 @@ class Trainer:
             self._engine.sleep()
         with self._clock("reward"):
             scores = self._judge(groups, state.step)
-        rows = with_advantages(scores.rows, config)
+        rows = scores.rows
         batch = policy_batch(rows, mask_truncated=algorithm.mask_truncated_completions)
         with self._clock("log_probs"):
             batch = self._with_stored_log_probs(batch)
-        for _ in range(algorithm.num_iterations):
-            for part in split_evenly(batch, config.train.steps_per_generation, config.rollout.num_generations):
-                if state.step < self.total_steps:  # the last rollout batch may hold more updates than are left
-                    self._policy_update(part, meter)
+        penalties = kl_penalties(batch, algorithm)
+        rows = with_advantages(rows, config, penalties)
+        batch.advantages = [row.advantage for row in rows]
+        if algorithm.drop_uniform_groups:
+            batch = batch.subset(signal_indices(rows, config))
+        for part in self._updates(batch):
+            self._policy_update(part, meter)
         with self._clock("hand_over"):
             self._engine.load_adapter(state.step)
 
@@ -176,6 +189,14 @@ class Trainer:
             self._trackers.completions(state.step, rows)
         self._console.print_completions(rows, config.log.num_completions_to_print)
         return rollout_metrics(rows) | scores.metrics | meter.result()
+
+    def _updates(self, batch: PolicyBatch) -> Iterator[PolicyBatch]:
+        """The optimiser batches of a rollout batch; the run's last one may hold more than there are steps left."""
+        config = self._config
+        for _ in range(config.algorithm.num_iterations):
+            for part in split_evenly(batch, config.train.steps_per_generation, config.rollout.num_generations):
+                if self._state.step < self.total_steps:
+                    yield part
 
     def _policy_update(self, batch: PolicyBatch, meter: Meter) -> None:
         config = self._config
@@ -189,6 +210,7 @@ class Trainer:
                 self._head,
                 meter,
                 max_completion_length=config.rollout.max_completion_length,
+                objective=self._objective,
             )
         self._state.step += 1
         self._update(learning_rate(self._state.step - 1, self.total_steps, config.optim), meter)
@@ -197,12 +219,18 @@ class Trainer:
         """Log-probs of the policy at rollout time, where later steps need them, and of the reference policy."""
         config = self._config
         packs = pack(batch.sequences, self._max_tokens, share_prefix=config.train.share_prefix)
-        several = config.algorithm.num_iterations * config.train.steps_per_generation > 1
-        if several:
-            batch.old_log_probs = sequence_log_probs(self._lm, packs, len(batch.sequences), self._head)
-        if config.algorithm.beta:
+        algorithm = config.algorithm
+        several = algorithm.num_iterations * config.train.steps_per_generation > 1
+        in_reward = algorithm.beta > 0 and algorithm.kl_estimator == "k1"
+        if several or in_reward or algorithm.top_entropy_quantile < 1:
+            log_probs, entropies = sequence_log_probs(self._lm, packs, len(batch.sequences), self._head)
+            if several or in_reward:
+                batch.old_log_probs = log_probs
+            if algorithm.top_entropy_quantile < 1:
+                batch.entropies = entropies
+        if algorithm.beta:
             with self._lm.model.disable_adapter():
-                batch.ref_log_probs = sequence_log_probs(self._lm, packs, len(batch.sequences), self._head)
+                batch.ref_log_probs, _ = sequence_log_probs(self._lm, packs, len(batch.sequences), self._head)
         return batch
 
     # Supervised fine-tuning
@@ -301,13 +329,44 @@ def total_steps(config: Config, num_rows: int) -> int:
     return rollouts * config.train.steps_per_generation * config.algorithm.num_iterations
 
 
-def with_advantages(rows: list[Scored], config: Config) -> list[Scored]:
-    """Fill in the advantages of a scored batch whose groups stand one after the other."""
-    rewards = [row.reward for row in rows]
-    advantages = group_advantages(rewards, config.rollout.num_generations, config.algorithm.scale_rewards)
-    for row, advantage in zip(rows, advantages, strict=True):
-        row.advantage = advantage
+def with_advantages(rows: list[Scored], config: Config, penalties: list[float] | None = None) -> list[Scored]:
+    """Fill in the advantages of a scored batch whose groups stand one after the other.
+
+    Args:
+        penalties: subtracted from each row's reward first (KL in the reward).
+    """
+    shape = (-1, config.rollout.num_generations)
+    rewards = np.array([row.reward for row in rows], dtype=np.float64)
+    if penalties is not None:
+        rewards -= np.array(penalties)
+    names = config.reward_names()
+    values = [[np.nan if (v := row.rewards.get(n)) is None else v for n in names] for row in rows]
+    result = advantages(
+        rewards.reshape(shape),
+        config.algorithm,
+        components=np.array(values, dtype=np.float64).reshape(*shape, len(names)),
+        weights=np.array([spec.weight for spec in config.rewards.reward_funcs]),
+    )
+    for row, advantage in zip(rows, result.reshape(-1), strict=True):
+        row.advantage = float(advantage)
     return rows
+
+
+def signal_indices(rows: list[Scored], config: Config) -> list[int]:
+    """Rows of groups in which rewards differ."""
+    size = config.rollout.num_generations
+    uniform = uniform_groups(np.array([row.reward for row in rows]).reshape(-1, size))
+    return [i for i in range(len(rows)) if not uniform[i // size]]
+
+
+def kl_penalties(batch: PolicyBatch, algorithm: AlgorithmConfig) -> list[float] | None:
+    """β·Σ(ℓ_old − ℓ_ref) of every completion, the k1 estimate of its KL, where it belongs in the reward."""
+    if not algorithm.beta or algorithm.kl_estimator != "k1":
+        return None
+    assert batch.old_log_probs is not None
+    assert batch.ref_log_probs is not None
+    pairs = zip(batch.old_log_probs, batch.ref_log_probs, strict=True)
+    return [algorithm.beta * float((old.double() - ref.double()).sum()) for old, ref in pairs]
 
 
 def policy_batch(rows: list[Scored], *, mask_truncated: bool) -> PolicyBatch:
@@ -324,5 +383,5 @@ def policy_batch(rows: list[Scored], *, mask_truncated: bool) -> PolicyBatch:
 
 def supervised_loss(lm: LanguageModel, examples: list[Sequence], max_tokens: int, head) -> float:
     """Mean cross-entropy over all scored tokens, nats per token."""
-    parts = sequence_log_probs(lm, pack(examples, max_tokens), len(examples), head)
+    parts, _ = sequence_log_probs(lm, pack(examples, max_tokens), len(examples), head)
     return -float(torch.cat(parts).double().mean())

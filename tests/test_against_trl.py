@@ -115,8 +115,7 @@ def trl_step(lm: LanguageModel, micro_batches: list[PolicyBatch], options: dict,
         num_generations=3,
         max_completion_length=LONGEST,
         gradient_checkpointing=False,
-        use_bias_correction_kl=False,
-        **options,
+        **({"use_bias_correction_kl": False} | options),
     )
     trainer = GRPOTrainer(
         model=lm.model,
@@ -137,7 +136,8 @@ def trl_step(lm: LanguageModel, micro_batches: list[PolicyBatch], options: dict,
 
 def our_step(lm: LanguageModel, batch: PolicyBatch, options: dict, head: HeadOptions) -> Outcome:
     meter = Meter()
-    algorithm = AlgorithmConfig(**options)
+    # TRL corrects for the engine only under vLLM; the batch's rollout log-probs are made up.
+    algorithm = AlgorithmConfig(**({"use_bias_correction_kl": False, "rollout_correction": "none"} | options))
     policy_backward(lm, pack(batch.sequences, 30), batch, algorithm, head, meter, max_completion_length=LONGEST)
     metrics = meter.result()
     return Outcome(metrics["loss"], taken_gradients(lm), metrics)
@@ -153,7 +153,7 @@ def taken_gradients(lm: LanguageModel) -> dict[str, torch.Tensor]:
 def with_policies(lm: LanguageModel, batch: PolicyBatch, head: HeadOptions, *, reference: bool) -> PolicyBatch:
     """The batch with old (and reference) log-probs at a known distance from the present policy's."""
     assert batch.old_log_probs is not None
-    own = sequence_log_probs(lm, pack(batch.sequences, 30), len(batch.sequences), head)
+    own, _ = sequence_log_probs(lm, pack(batch.sequences, 30), len(batch.sequences), head)
     noise = [n if s.num_scored else n[:0] for s, n in zip(batch.sequences, batch.old_log_probs, strict=True)]
     ref = [p - 0.5 * n for p, n in zip(own, noise, strict=True)] if reference else None
     old = [p + n for p, n in zip(own, noise, strict=True)]
@@ -169,6 +169,29 @@ def assert_same(ours: Outcome, expected: Outcome) -> None:
         torch.testing.assert_close(
             ours.gradients[name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+OTHERS = [
+    {"loss_type": "cispo", "epsilon_high": 1.2},
+    {"loss_type": "cispo", "epsilon_high": 1.02, "importance_sampling_level": "sequence", "beta": 0.1},
+    {"loss_type": "sapo"},
+    {"loss_type": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 0.7, "beta": 0.1},
+    {"loss_type": "sapo", "importance_sampling_level": "sequence"},
+    {"loss_type": "dapo", "beta": 0.1, "use_bias_correction_kl": True},
+    {"loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": True, "importance_sampling_level": "sequence"},
+    {"loss_type": "dapo", "entropy_coef": 0.05},
+    {"loss_type": "grpo", "top_entropy_quantile": 0.5, "beta": 0.1},
+    {"loss_type": "cispo", "epsilon_high": 1.2, "entropy_coef": 0.05, "top_entropy_quantile": 0.3},
+]
+
+
+@pytest.mark.parametrize("options", OTHERS, ids=lambda o: "-".join(map(str, o.values())))
+def test_other_objectives_equal_those_of_trl(lm, batch, options, tmp_path):
+    same = with_policies(lm, batch, lm.head, reference="beta" in options)
+    if "top_entropy_quantile" in options:
+        _, entropies = sequence_log_probs(lm, pack(same.sequences, 30), len(same.sequences), lm.head)
+        same = replace(same, entropies=entropies)
+    assert_same(our_step(lm, same, options, lm.head), trl_step(lm, [same], options, tmp_path))
 
 
 CLIPS = [

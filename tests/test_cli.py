@@ -421,6 +421,52 @@ def test_reused_rollouts_train_with_every_loss(place: Path, tmp_path: Path, loss
     assert summary(tmp_path / "grpo")["steps"] == 7
 
 
+OBJECTIVES = [
+    ["algorithm.loss_type=cispo", "algorithm.epsilon_high=2", "algorithm.entropy_coef=0.01"],
+    ["algorithm.loss_type=sapo", "algorithm.top_entropy_quantile=0.5", "algorithm.rollout_correction=sequence_mask"],
+    ["algorithm.loss_type=reinforce", "algorithm.advantage_estimator=rloo", "algorithm.kl_estimator=k1"],
+    ["algorithm.importance_sampling_level=sequence_token", "algorithm.drop_uniform_groups=true"],
+    ["algorithm.advantage_estimator=reinforce_plus_plus", "algorithm.kl_estimator=k2"],
+    ["algorithm.multi_objective_aggregation=normalize_then_sum", "algorithm.rollout_correction=none"],
+]
+
+
+@pytest.mark.parametrize("options", OBJECTIVES, ids=lambda o: o[0].partition("=")[2])
+def test_objectives_train_from_the_command_line(place: Path, tmp_path: Path, options: list[str]) -> None:
+    common = ["train.max_steps=2", "algorithm.beta=0.05", "warmup.max_steps=0", "eval.dataset_name=null"]
+    done = here("run", place / "grpo.yaml", f"output_dir={tmp_path}", *common, *options)
+    assert done.code == 0, done.err
+    last = metrics(tmp_path / "grpo")[-1]
+    assert last["step"] == 2
+    assert last["grad_norm"] > 0
+    assert ("kl" in last) == ("algorithm.kl_estimator=k1" not in options)
+
+
+def test_a_users_own_loss_trains_and_its_faults_are_named(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "def plain(tokens, algorithm):\n"
+        "    return -(tokens.weights * tokens.advantages * tokens.log_probs).sum()\n"
+        "def broken(tokens, algorithm):\n"
+        "    return tokens.no_such_thing\n"
+    )
+    common = ["train.max_steps=1", "warmup.max_steps=0", "eval.dataset_name=null", "algorithm.beta=0"]
+
+    def run(name: str, *options: str) -> Done:
+        return here("run", place / "grpo.yaml", f"output_dir={tmp_path / name}", *common, *options)
+
+    own = run("own", f"algorithm.loss={tmp_path}/own.py:plain")
+    assert own.code == 0, own.err
+    same = run("same", "algorithm.loss_type=reinforce", "algorithm.rollout_correction=none")
+    assert same.code == 0, same.err
+    first, second = metrics(tmp_path / "own" / "grpo")[-1], metrics(tmp_path / "same" / "grpo")[-1]
+    assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-6)
+    for spec, message in (("own.py:broken", "no_such_thing"), ("own.py:nothing", "has no 'nothing'")):
+        done = run("bad", f"algorithm.loss={tmp_path}/{spec}")
+        assert done.code == 2
+        assert message in done.err
+        assert "Traceback" not in done.err
+
+
 def test_eval_of_a_run_scores_its_adapter(place: Path, grpo_run: tuple[Path, Done]) -> None:
     after, before = here("eval", grpo_run[0]), here("eval", place / "grpo.yaml")
     assert (after.code, before.code) == (0, 0), after.err + before.err

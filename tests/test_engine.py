@@ -87,7 +87,7 @@ def trainer_log_probs(lm: LanguageModel, groups: list[Group], sampling: dict) ->
         chunk_size=5,
     )
     sequences = [Sequence(p.ids, c.ids, [True] * len(c.ids), family=p.index) for p, c in flat(groups)]
-    return sequence_log_probs(lm, pack(sequences, 40), len(sequences), head)
+    return sequence_log_probs(lm, pack(sequences, 40), len(sequences), head)[0]
 
 
 @pytest.mark.parametrize(

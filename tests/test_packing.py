@@ -338,7 +338,7 @@ def test_log_probs_come_back_by_sequence(llama: LanguageModel) -> None:
     with torch.no_grad():
         expected = padded_log_probs(llama, sequences)
     packs = pack(sequences, 25)
-    ours = sequence_log_probs(llama, packs, len(sequences), HeadOptions(temperature=0.8))
+    ours, _ = sequence_log_probs(llama, packs, len(sequences), HeadOptions(temperature=0.8))
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-10, atol=1e-10)
     assert llama.causal_lm.config._attn_implementation == "sdpa"
