@@ -261,7 +261,10 @@ def plain_result(lm: LanguageModel, batch: PolicyBatch, a: AlgorithmConfig) -> t
         clipped = ratio.clamp(1 - a.epsilon, 1 + high)
         terms = -torch.min(free * batch.advantages[i], clipped * batch.advantages[i])
         d = batch.ref_log_probs[i] - log_probs
-        loss = loss + weights[i] * (terms + a.beta * (d.exp() - d - 1)).sum()
+        rollout = torch.tensor(batch.rollout_log_probs[i], dtype=torch.float64)
+        correction = (batch.old_log_probs[i] - rollout).exp().clamp(max=a.rollout_correction_max)
+        kl = ratio * (d.exp() - d - 1)
+        loss = loss + weights[i] * (correction * terms + a.beta * kl).sum()
     loss.backward()
     return loss.item(), gradients(lm)
 
