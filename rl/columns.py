@@ -11,13 +11,14 @@ from tandem.rl.samples import Messages
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Kind = Literal["rl", "sft", "preference"]
+Kind = Literal["rl", "sft", "preference", "labelled"]
 
 # What the rows of each kind may consist of; the first alternative whose columns are all there counts.
 _SHAPES: dict[Kind, tuple[tuple[str, ...], ...]] = {
     "rl": (("prompt",),),
     "sft": (("prompt", "completion"), ("messages",), ("conversations",), ("text",)),
     "preference": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "labelled": (("prompt", "completion", "label"),),
 }
 # Names that other data sets give to our columns, the likeliest first.
 _ALIASES = {
@@ -26,6 +27,7 @@ _ALIASES = {
     "messages": ("message", "conversation", "chat", "dialog", "dialogue"),
     "text": ("content", "document", "texts"),
     "chosen": ("accepted", "preferred", "response_chosen", "positive", "winner"),
+    "label": ("labels", "liked", "desirable", "is_good", "rating"),
     "rejected": ("refused", "dispreferred", "response_rejected", "negative", "loser"),
 }
 MESSAGE_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
@@ -37,7 +39,8 @@ def check_columns(dataset: Dataset, kind: Kind, what: str = "data.dataset_name")
 
     `rl`: `prompt`, a string or messages that do not end with the assistant. `sft`: `prompt` + `completion` (strings or
     messages), `messages` (or ShareGPT's `conversations`), or `text`. `preference`: `chosen` and `rejected` with
-    `prompt`, or without it where they are whole conversations or texts that begin alike.
+    `prompt`, or without it where they are whole conversations or texts that begin alike. `labelled`: `prompt` +
+    `completion` and a boolean `label`.
 
     Raises:
         UserError: a column is missing (with the nearest present one), or the first row with a wrong value.
@@ -53,7 +56,7 @@ def check_columns(dataset: Dataset, kind: Kind, what: str = "data.dataset_name")
                         f"{what}: row {number}, column {column!r}: {problem}: {short(value)}",
                         fix="correct or remove that row",
                     )
-            is_messages = [isinstance(v, list) for v in values]
+            is_messages = [isinstance(v, list) for v in values if not isinstance(v, bool)]
             # A string prompt beside whole conversations is what TRL calls an implicit prompt.
             if kind == "preference" and is_messages == [False, True, True]:
                 is_messages = [True]
@@ -102,6 +105,8 @@ def _nearest(column: str, present: list[str]) -> str | None:
 
 def _problem(column: str, value: Any) -> str:
     """What is wrong with a value, "" if nothing is."""
+    if column == "label":
+        return "" if isinstance(value, bool) else f"{type(value).__name__} instead of true or false"
     if value is None:
         return "no value"
     if isinstance(value, str):

@@ -20,18 +20,21 @@ from tandem.rl.config_file import save_config
 from tandem.rl.console import Console
 from tandem.rl.errors import UserError, cause
 from tandem.rl.evaluate import Judge, eval_sampling, evaluate, training_sampling
-from tandem.rl.examples import load_supervised
+from tandem.rl.examples import load_labelled, load_preferences, load_supervised
+from tandem.rl.experience import policy_batch, with_advantages
 from tandem.rl.journal import drop_after, write_rollouts
 from tandem.rl.lora import attach_lora, load_adapter, trainable
 from tandem.rl.model import LanguageModel, load_model, load_tokenizer
 from tandem.rl.optim import make_optimizer
 from tandem.rl.policy_loss import LossValue, PolicyTokens, custom_policy_loss, policy_loss
+from tandem.rl.preference_loss import PreferenceOptions, check_options
+from tandem.rl.preference_step import Answers
 from tandem.rl.prompts import load_prompts
 from tandem.rl.report import write_report
 from tandem.rl.rows import load_rows
 from tandem.rl.step import Objective
 from tandem.rl.trackers import Trackers
-from tandem.rl.trainer import Trainer, TrainingData, policy_batch, total_steps, with_advantages
+from tandem.rl.trainer import Trainer, TrainingData, total_steps
 from tandem.rollout.transformers_engine import TransformersEngine
 
 
@@ -52,38 +55,42 @@ def prepare(config: Config, console: Console) -> Inputs:
         UserError: anything in them that the run would trip over.
     """
     quiet_libraries()
-    rl = config.algorithm.name == "grpo"
     train_rows = _rows(config.data, config.data.dataset_train_split, "data")
     eval_rows = _rows(config.eval, config.eval.dataset_test_split, "eval") if config.eval.dataset_name else None
     warmup_rows = _rows(config.warmup, config.warmup.dataset_train_split, "warmup") if config.warmup.max_steps else None
-    kind: Kind = "rl" if rl else "sft"
+    kind = _kind(config)
     check_columns(train_rows, kind, "data.dataset_name")
     if eval_rows is not None:
         check_columns(eval_rows, kind, "eval.dataset_name")
     if warmup_rows is not None:
         check_columns(warmup_rows, "sft", "warmup.dataset_name")
+    if kind in ("preference", "labelled") or config.algorithm.name == "online_dpo":
+        options = PreferenceOptions(**config.preference.model_dump(exclude={"loss_type"}))
+        check_options(config.preference.loss_type, options)
     rewards = [
         load_reward(s.function, name=s.name, weight=s.weight, kwargs=s.kwargs) for s in config.rewards.reward_funcs
     ]
     objective = _objective(config)
     tokenizer = load_tokenizer(config.model)
-
-    def prompts(rows: Any) -> list:
-        if rows is None or not rl:
-            return []
-        return _prompts(rows, tokenizer, config, console)
-
-    def examples(rows: Any) -> list:
-        return [] if rows is None else _examples(rows, tokenizer, config, console)
-
-    data = TrainingData(
-        prompts=prompts(train_rows),
-        eval_prompts=prompts(eval_rows),
-        examples=[] if rl else examples(train_rows),
-        eval_examples=[] if rl else examples(eval_rows),
-        warmup=examples(warmup_rows),
-    )
+    data = TrainingData(warmup=_examples(warmup_rows, tokenizer, config, console))
+    if kind == "rl":
+        data.prompts = _prompts(train_rows, tokenizer, config, console)
+        data.eval_prompts = _prompts(eval_rows, tokenizer, config, console)
+    elif kind == "sft":
+        data.examples = _examples(train_rows, tokenizer, config, console)
+        data.eval_examples = _examples(eval_rows, tokenizer, config, console)
+    else:
+        data.answers = _answers(train_rows, tokenizer, config)
+        data.eval_answers = None if eval_rows is None else _answers(eval_rows, tokenizer, config)
     return Inputs(tokenizer, data, Judge(rewards, tokenizer, config.rewards.timeout), objective)
+
+
+def _kind(config: Config) -> Kind:
+    if config.uses_rollouts:
+        return "rl"
+    if config.algorithm.name == "sft":
+        return "sft"
+    return "labelled" if config.preference.loss_type == "kto" else "preference"
 
 
 def run(config: Config, *, dry_run: bool, console: Console) -> bool:
@@ -116,7 +123,7 @@ def evaluate_run(config: Config, run_dir: Path | None, *, console: Console) -> d
     """`rl-train eval`: the held-out score of a run's adapter, or of a config's model as it is before training."""
     if config.eval.dataset_name is None:
         raise UserError("the config has no evaluation data", fix="set eval.dataset_name")
-    if config.algorithm.name != "grpo":
+    if not config.uses_rollouts:
         raise UserError(
             f"algorithm.name is {config.algorithm.name!r}: there are no rewards to score completions with",
             fix="evaluate with a config whose rewards section says what is good",
@@ -142,7 +149,7 @@ def evaluate_run(config: Config, run_dir: Path | None, *, console: Console) -> d
 def check(config: Config, *, num_prompts: int, console: Console) -> None:
     """`rl-train check`: sample and score a few completions and compare trainer and engine log-probs; no training."""
     inputs = prepare(config, console)
-    if config.algorithm.name != "grpo":
+    if not config.uses_rollouts:
         _show_plan(config, inputs, console)
         return
     lm, engine, stop = _open_model(config, inputs)
@@ -277,7 +284,21 @@ def _rows(section: DataConfig | EvalConfig | WarmupConfig, split: str, name: str
     )
 
 
+def _answers(rows: Any, tokenizer: Any, config: Config) -> Answers:
+    common: dict[str, Any] = {
+        "max_length": config.model.max_length,
+        "system_prompt": config.data.system_prompt,
+        "chat_template_kwargs": config.model.chat_template_kwargs,
+    }
+    if _kind(config) == "labelled":
+        labelled = load_labelled(rows, tokenizer, **common)
+        return Answers([sequence for sequence, _ in labelled], [label for _, label in labelled])
+    return Answers([sequence for pair in load_preferences(rows, tokenizer, **common) for sequence in pair])
+
+
 def _prompts(rows: Any, tokenizer: Any, config: Config, console: Console) -> list:
+    if rows is None:
+        return []
     limit = config.data.max_prompt_length
     if limit is None and config.model.max_length is not None:
         limit = config.model.max_length - config.rollout.max_completion_length
@@ -294,6 +315,8 @@ def _prompts(rows: Any, tokenizer: Any, config: Config, console: Console) -> lis
 
 
 def _examples(rows: Any, tokenizer: Any, config: Config, console: Console) -> list:
+    if rows is None:
+        return []
     examples, changed = load_supervised(
         rows,
         tokenizer,
@@ -351,12 +374,12 @@ def _log_prob_difference(lm: LanguageModel, config: Config, rows: list) -> float
 
 def _show_plan(config: Config, inputs: Inputs, console: Console) -> None:
     data = inputs.data
-    rows = data.prompts or data.examples
+    held_out = data.eval_prompts or data.eval_examples or data.eval_answers or ()
     facts: list[tuple[str, str]] = [
         ("model", config.model.model_name_or_path),
         ("algorithm", config.algorithm.name),
-        ("rows", f"{len(rows)} to train on, {len(data.eval_prompts or data.eval_examples)} held out"),
-        ("optimiser steps", str(total_steps(config, len(rows)))),
+        ("rows", f"{data.num_rows} to train on, {len(held_out)} held out"),
+        ("optimiser steps", str(total_steps(config, data.num_rows))),
     ]
     if data.prompts:
         lengths = [len(p.ids) for p in data.prompts]
@@ -367,10 +390,11 @@ def _show_plan(config: Config, inputs: Inputs, console: Console) -> None:
             ("first prompt", inputs.tokenizer.decode(data.prompts[0].ids)),
         ]
     else:
-        lengths = [e.num_tokens for e in data.examples]
+        examples = data.answers.sequences if data.answers else data.examples
+        lengths = [e.num_tokens for e in examples]
         facts += [
             ("tokens per example", f"{min(lengths)} … {max(lengths)}"),
-            ("first example", inputs.tokenizer.decode(data.examples[0].prompt_ids + data.examples[0].completion_ids)),
+            ("first example", inputs.tokenizer.decode(examples[0].prompt_ids + examples[0].completion_ids)),
         ]
     console.table("Plan (nothing was trained)", facts)
 
@@ -378,7 +402,9 @@ def _show_plan(config: Config, inputs: Inputs, console: Console) -> None:
 def _summary(config: Config, run_dir: Path, state: State) -> dict[str, Any]:
     before, after = state.scores.get(0), state.scores.get(state.step)
     return {
-        "score_name": "held-out loss" if config.algorithm.name == "sft" else (config.eval.score or "reward"),
+        "score_name": {"sft": "held-out loss", "dpo": "held-out margin"}.get(
+            config.algorithm.name, config.eval.score or "reward"
+        ),
         "score_before": before,
         "score_after": after,
         "steps": state.step,

@@ -28,6 +28,7 @@ from tandem.rl.samples import Scored
 _SHOWN = (
     ("reward", "reward", ".3f"),
     ("loss", "loss", ".4f"),
+    ("rewards/margins", "margin", ".3f"),
     ("completions/mean_length", "length", ".0f"),
     ("kl", "kl", ".4f"),
 )

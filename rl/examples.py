@@ -108,6 +108,40 @@ def load_preferences(
     return pairs
 
 
+def load_labelled(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[tuple[Sequence, bool]]:
+    """(prompt with its completion, whether it is a good one), for KTO; tokenised and cut as `load_preferences` does.
+
+    Raises:
+        UserError: a row is wrong (see `check_columns`), the template fails, or no answer is left.
+    """
+    check_columns(dataset, "labelled")
+    rows = [_normalised(row) for row in dataset.with_format(None)]
+    template = _Template(tokenizer, system_prompt, chat_template_kwargs or {})
+    prompts, answers = template.split_ids(rows, "completion")
+    starts = [_common(p, a) for p, a in zip(prompts, answers, strict=True)]
+    _warn_moved(tokenizer, prompts, starts)
+    labelled = [
+        (_answer(answers[i][:max_length], start, -1, -1), bool(rows[i]["label"]))
+        for i, start in enumerate(starts)
+        if max_length is None or start < max_length
+    ]
+    if not labelled:
+        raise UserError(
+            f"none of the {len(rows)} answers fits within max_length {max_length}",
+            fix="raise model.max_length or shorten the prompts",
+        )
+    if len(labelled) < len(rows):
+        log.warning("%d of %d answers dropped: the prompt fills max_length", len(rows) - len(labelled), len(rows))
+    return labelled
+
+
 class _Template:
     """The tokenizer with what the config adds to every conversation."""
 

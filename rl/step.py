@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from tandem.kernels.linear_logprob import HeadOptions, linear_logprob
+from tandem.kernels.linear_logprob import HeadOptions, TokenScores, linear_logprob
 from tandem.kernels.packed_attention import Family, PackLayout
 from tandem.rl.config import AlgorithmConfig
 from tandem.rl.metrics import How, Meter
@@ -68,7 +68,7 @@ def layout_of(pack: Pack) -> PackLayout:
     return PackLayout(families)
 
 
-def pack_log_probs(lm: LanguageModel, pack: Pack, head: HeadOptions) -> tuple[torch.Tensor, torch.Tensor]:
+def pack_log_probs(lm: LanguageModel, pack: Pack, head: HeadOptions) -> TokenScores:
     """Log-probs and entropies `[N]` of a pack's scored tokens. Must run inside `lm.packed()`."""
     hidden = lm.packed_hidden(
         torch.tensor(pack.input_ids, device=lm.device),
@@ -89,7 +89,8 @@ def sequence_log_probs(
     log_probs, entropies = [empty] * num_sequences, [empty] * num_sequences
     with lm.packed():
         for pack in packs:
-            parts = [values.split(pack.counts) for values in pack_log_probs(lm, pack, head)]
+            scores = pack_log_probs(lm, pack, head)
+            parts = [values.split(pack.counts) for values in (scores.log_probs, scores.entropy)]
             for index, log_prob, entropy in zip(pack.sequences, *parts, strict=True):
                 log_probs[index], entropies[index] = log_prob, entropy
     return log_probs, entropies
@@ -111,9 +112,9 @@ def policy_backward(
     weights = token_weights(algorithm.loss_type, counts, max_completion_length=max_completion_length)
     chosen = None if batch.entropies is None else top_entropy_masks(batch.entropies, algorithm.top_entropy_quantile)
     entropy_tokens = sum(counts) if chosen is None else int(sum(c.sum() for c in chosen))
-    with _training(lm):
+    with training_mode(lm):
         for pack in packs:
-            log_probs, entropy = pack_log_probs(lm, pack, head)
+            log_probs, entropy, *_ = pack_log_probs(lm, pack, head)
             tokens = _policy_tokens(pack, log_probs.detach(), batch, weights)
             tokens = replace(
                 tokens,
@@ -133,15 +134,31 @@ def policy_backward(
 
 
 def supervised_backward(
-    lm: LanguageModel, packs: list[Pack], sequences: list[Sequence], head: HeadOptions, meter: Meter
+    lm: LanguageModel,
+    packs: list[Pack],
+    sequences: list[Sequence],
+    head: HeadOptions,
+    meter: Meter,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> None:
-    """Cross-entropy over all scored tokens of the batch: the log-prob kernel with g = −1/Σ tokens."""
+    """Cross-entropy over all scored tokens of the batch, by the log-prob kernel.
+
+    L = 1/T·Σ (1 − ε)·(−ℓ) + ε·(lse − mean logit) + c·lse²: label smoothing ε spreads a part of the target evenly over
+    the vocabulary (arXiv 1512.00567 §7); the z-loss c holds the normaliser near 1 (PaLM, arXiv 2204.02311 §5).
+    """
     total = sum(s.num_scored for s in sequences)
-    with _training(lm):
+    with training_mode(lm):
         for pack in packs:
-            log_probs, entropy = pack_log_probs(lm, pack, head)
-            log_probs.backward(torch.full_like(log_probs, -1.0 / total))
-            meter.add("loss", -log_probs.detach())
+            log_probs, entropy, lse, mean_logit = pack_log_probs(lm, pack, head)
+            loss = -(1 - label_smoothing) * log_probs
+            if label_smoothing:
+                loss = loss + label_smoothing * (lse - mean_logit)
+            if z_loss:
+                loss = loss + z_loss * lse**2
+            (loss.sum() / total).backward()
+            meter.add("loss", loss.detach())
             meter.add("entropy", entropy.detach())
 
 
@@ -200,7 +217,7 @@ def top_entropy_masks(entropies: list[torch.Tensor], share: float) -> list[torch
 
 
 @contextmanager
-def _training(lm: LanguageModel) -> Iterator[None]:
+def training_mode(lm: LanguageModel) -> Iterator[None]:
     """Train mode (dropout, checkpointing) and packed attention for the duration of a backward pass."""
     with lm.packed():
         lm.model.train()

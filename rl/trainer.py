@@ -11,17 +11,17 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from tandem.rl.advantages import advantages, uniform_groups
 from tandem.rl.checkpoint import State, save_checkpoint
-from tandem.rl.config import AlgorithmConfig, Config
+from tandem.rl.config import Config
 from tandem.rl.console import Console
 from tandem.rl.evaluate import Judge, eval_sampling, evaluate, training_sampling
+from tandem.rl.experience import best_and_worst, kl_penalties, policy_batch, signal_indices, with_advantages
 from tandem.rl.journal import write_rollouts
 from tandem.rl.lora import save_adapter, trainable
 from tandem.rl.metrics import Meter, rollout_metrics
@@ -29,7 +29,16 @@ from tandem.rl.model import LanguageModel, with_sampling
 from tandem.rl.optim import apply_gradients, learning_rate
 from tandem.rl.packing import pack
 from tandem.rl.policy_loss import policy_loss
+from tandem.rl.preference_loss import PreferenceOptions, needs_reference
+from tandem.rl.preference_step import (
+    Answers,
+    preference_backward,
+    preference_metrics,
+    reference_log_probs,
+    with_margins,
+)
 from tandem.rl.prompts import PromptSampler
+from tandem.rl.reference_cache import cached_log_probs
 from tandem.rl.samples import Prompt, Scored, Sequence
 from tandem.rl.step import (
     Objective,
@@ -45,13 +54,21 @@ from tandem.rollout.engine import RolloutEngine
 
 @dataclass
 class TrainingData:
-    """Everything to learn from, tokenised. `prompts` for RL, `examples` for SFT, `warmup` for the SFT before RL."""
+    """Everything to learn from, tokenised: `prompts` for rollouts, `examples` for SFT, `answers` for preference tuning,
+    `warmup` for the SFT before the rest."""
 
-    prompts: list[Prompt]
-    eval_prompts: list[Prompt]
-    examples: list[Sequence]
-    eval_examples: list[Sequence]
-    warmup: list[Sequence]
+    prompts: list[Prompt] = field(default_factory=list)
+    eval_prompts: list[Prompt] = field(default_factory=list)
+    examples: list[Sequence] = field(default_factory=list)
+    eval_examples: list[Sequence] = field(default_factory=list)
+    answers: Answers | None = None
+    eval_answers: Answers | None = None
+    warmup: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the main phase."""
+        return len(self.prompts or self.examples or self.answers or ())
 
 
 class Trainer:
@@ -95,10 +112,10 @@ class Trainer:
             lm.head, temperature=1.0, top_k=0, top_p=1.0, chunk_size=config.train.logprob_chunk_size
         )
         self._max_tokens = config.train.max_tokens or (16384 if lm.device.type == "cuda" else 4096)
-        rows = len(data.prompts) if config.algorithm.name == "grpo" else len(data.examples)
-        self._sampler = PromptSampler(rows, seed=config.seed, shuffle=config.data.shuffle_dataset)
+        self._sampler = PromptSampler(data.num_rows, seed=config.seed, shuffle=config.data.shuffle_dataset)
+        self._preferences = PreferenceOptions(**config.preference.model_dump(exclude={"loss_type"}))
         self._seconds: dict[str, float] = {}
-        self.total_steps = total_steps(config, rows)
+        self.total_steps = total_steps(config, data.num_rows)
         judge.max_steps = self.total_steps
 
     # The loop
@@ -108,10 +125,16 @@ class Trainer:
         state, config = self._state, self._config
         if not self._warm_up():
             return False
+        self._load_reference()
         if state.step == 0 and 0 not in state.scores and config.eval.eval_on_start:
             self._evaluate()
         self._console.start(self.total_steps, state.step)
-        iteration = self._policy_iteration if config.algorithm.name == "grpo" else self._supervised_iteration
+        iteration = {
+            "grpo": self._policy_iteration,
+            "online_dpo": self._online_iteration,
+            "dpo": self._preference_iteration,
+            "sft": self._supervised_iteration,
+        }[config.algorithm.name]
         while state.step < self.total_steps and not self._should_stop():
             before = state.step
             metrics = self._timed(iteration)
@@ -156,39 +179,56 @@ class Trainer:
 
     def _policy_iteration(self) -> dict[str, float]:
         """One rollout batch and its optimiser steps."""
-        config, state, algorithm = self._config, self._state, self._config.algorithm
-        prompts = [self._data.prompts[i] for i in self._sampler.take(state.position, config.prompts_per_rollout)]
-        seed = config.seed * 1_000_003 + state.position
-        sampling = training_sampling(config, self._stop_token_ids, seed)
-        meter = Meter()
+        config, algorithm, meter = self._config, self._config.algorithm, Meter()
+        rows, measured = self._rollout()
+        batch = policy_batch(rows, mask_truncated=algorithm.mask_truncated_completions)
+        with self._clock("log_probs"):
+            batch = self._with_stored_log_probs(batch)
+        rows = with_advantages(rows, config, kl_penalties(batch, algorithm))
+        batch.advantages = [row.advantage for row in rows]
+        if algorithm.drop_uniform_groups:
+            batch = batch.subset(signal_indices(rows, config))
+        for part in self._updates(batch):
+            self._policy_update(part, meter)
+        self._finish_rollout(rows)
+        return measured | meter.result()
 
+    def _online_iteration(self) -> dict[str, float]:
+        """One rollout batch and one step of preference tuning on the best and the worst of every group."""
+        meter = Meter()
+        rows, measured = self._rollout()
+        answers = best_and_worst(rows, self._config.rollout.num_generations)
+        with self._clock("log_probs"):
+            if answers.sequences and needs_reference(self._config.preference.loss_type):
+                answers.ref_log_probs = self._reference(answers.sequences)
+        self._preference_update(answers, meter)
+        self._finish_rollout(with_advantages(rows, self._config))
+        return measured | with_margins(meter.result())
+
+    def _rollout(self) -> tuple[list[Scored], dict[str, float]]:
+        """Completions for the next prompts, scored, and what there is to say of them."""
+        config, state = self._config, self._state
+        prompts = [self._data.prompts[i] for i in self._sampler.take(state.position, config.prompts_per_rollout)]
+        sampling = training_sampling(config, self._stop_token_ids, config.seed * 1_000_003 + state.position)
         with self._clock("generate"):
             self._engine.wake()
             groups = self._engine.generate(prompts, sampling)
             self._engine.sleep()
         with self._clock("reward"):
             scores = self._judge(groups, state.step)
-        rows = scores.rows
-        batch = policy_batch(rows, mask_truncated=algorithm.mask_truncated_completions)
-        with self._clock("log_probs"):
-            batch = self._with_stored_log_probs(batch)
-        penalties = kl_penalties(batch, algorithm)
-        rows = with_advantages(rows, config, penalties)
-        batch.advantages = [row.advantage for row in rows]
-        if algorithm.drop_uniform_groups:
-            batch = batch.subset(signal_indices(rows, config))
-        for part in self._updates(batch):
-            self._policy_update(part, meter)
+        state.position += len(prompts)
+        return scores.rows, rollout_metrics(scores.rows) | scores.metrics
+
+    def _finish_rollout(self, rows: list[Scored]) -> None:
+        """Hand the new adapter to the engine and keep the completions that it was learned from."""
+        config, state = self._config, self._state
         with self._clock("hand_over"):
             self._engine.load_adapter(state.step)
-
-        state.position += len(prompts)
-        state.num_tokens += sum(s.num_tokens for s in batch.sequences)
+        state.num_tokens += sum(len(r.prompt.ids) + len(r.completion.ids) for r in rows)
         if config.log.log_completions:
             write_rollouts(self._run_dir, state.step, rows)
             self._trackers.completions(state.step, rows)
         self._console.print_completions(rows, config.log.num_completions_to_print)
-        return rollout_metrics(rows) | scores.metrics | meter.result()
 
     def _updates(self, batch: PolicyBatch) -> Iterator[PolicyBatch]:
         """The optimiser batches of a rollout batch; the run's last one may hold more than there are steps left."""
@@ -233,6 +273,46 @@ class Trainer:
                 batch.ref_log_probs, _ = sequence_log_probs(self._lm, packs, len(batch.sequences), self._head)
         return batch
 
+    # Preference tuning
+
+    def _preference_iteration(self) -> dict[str, float]:
+        state, meter, answers = self._state, Meter(), self._data.answers
+        assert answers is not None
+        rows = self._sampler.take(state.position, self._config.train.per_device_train_batch_size)
+        batch = answers.subset(rows)
+        self._preference_update(batch, meter)
+        state.position += len(rows)
+        state.num_tokens += sum(s.num_tokens for s in batch.sequences)
+        return with_margins(meter.result())
+
+    def _preference_update(self, answers: Answers, meter: Meter) -> None:
+        config, state = self._config, self._state
+        if answers.sequences:
+            with self._clock("backward"):
+                preference_backward(
+                    self._lm,
+                    answers,
+                    config.preference.loss_type,
+                    self._preferences,
+                    self._plain_head,
+                    meter,
+                    max_tokens=self._max_tokens,
+                )
+        state.step += 1
+        self._update(learning_rate(state.step - 1, self.total_steps, config.optim), meter)
+
+    def _reference(self, sequences: list[Sequence]) -> list[torch.Tensor]:
+        return reference_log_probs(self._lm, sequences, self._plain_head, self._max_tokens)
+
+    def _load_reference(self) -> None:
+        """Reference log-probs of the preference data, from the cache where they are known."""
+        if self._config.algorithm.name != "dpo" or not needs_reference(self._config.preference.loss_type):
+            return
+        for answers in (self._data.answers, self._data.eval_answers):
+            if answers is not None:
+                sequences = answers.sequences
+                answers.ref_log_probs = cached_log_probs(self._lm, sequences, partial(self._reference, sequences))
+
     # Supervised fine-tuning
 
     def _supervised_iteration(self) -> dict[str, float]:
@@ -248,7 +328,15 @@ class Trainer:
 
     def _supervised_update(self, examples: list[Sequence], rate: float, meter: Meter) -> None:
         with self._clock("backward"):
-            supervised_backward(self._lm, pack(examples, self._max_tokens), examples, self._plain_head, meter)
+            supervised_backward(
+                self._lm,
+                pack(examples, self._max_tokens),
+                examples,
+                self._plain_head,
+                meter,
+                label_smoothing=self._config.algorithm.label_smoothing_factor,
+                z_loss=self._config.algorithm.z_loss_coef,
+            )
         self._update(rate, meter)
 
     # Shared
@@ -266,7 +354,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         state, config = self._state, self._config
-        if config.algorithm.name == "grpo" and self._data.eval_prompts:
+        if self._data.eval_prompts:
             sampling = eval_sampling(config, self._stop_token_ids)
             self._engine.wake()
             metrics, rows = evaluate(
@@ -276,6 +364,18 @@ class Trainer:
             write_rollouts(self._run_dir, state.step, rows, kind="eval")
             state.scores[state.step] = metrics["eval/score"]
             self._console.note(f"held-out score after {state.step} steps: {metrics['eval/score']:.3f}")
+        elif self._data.eval_answers is not None:
+            found = preference_metrics(
+                self._lm,
+                self._data.eval_answers,
+                config.preference.loss_type,
+                self._preferences,
+                self._plain_head,
+                max_tokens=self._max_tokens,
+            )
+            metrics = {f"eval/{name}": value for name, value in found.items()}
+            state.scores[state.step] = metrics["eval/rewards/margins"]
+            self._console.note(f"held-out margin after {state.step} steps: {metrics['eval/rewards/margins']:.3f}")
         elif self._data.eval_examples:
             loss = supervised_loss(self._lm, self._data.eval_examples, self._max_tokens, self._plain_head)
             metrics = {"eval/loss": loss}
@@ -323,62 +423,12 @@ def total_steps(config: Config, num_rows: int) -> int:
     if config.train.max_steps is not None:
         return config.train.max_steps
     rows = config.train.num_train_epochs * num_rows
-    if config.algorithm.name == "sft":
+    if not config.uses_rollouts:
         return max(math.ceil(rows / config.train.per_device_train_batch_size), 1)
     rollouts = max(math.ceil(rows / config.prompts_per_rollout), 1)
+    if config.algorithm.name == "online_dpo":
+        return rollouts
     return rollouts * config.train.steps_per_generation * config.algorithm.num_iterations
-
-
-def with_advantages(rows: list[Scored], config: Config, penalties: list[float] | None = None) -> list[Scored]:
-    """Fill in the advantages of a scored batch whose groups stand one after the other.
-
-    Args:
-        penalties: subtracted from each row's reward first (KL in the reward).
-    """
-    shape = (-1, config.rollout.num_generations)
-    rewards = np.array([row.reward for row in rows], dtype=np.float64)
-    if penalties is not None:
-        rewards -= np.array(penalties)
-    names = config.reward_names()
-    values = [[np.nan if (v := row.rewards.get(n)) is None else v for n in names] for row in rows]
-    result = advantages(
-        rewards.reshape(shape),
-        config.algorithm,
-        components=np.array(values, dtype=np.float64).reshape(*shape, len(names)),
-        weights=np.array([spec.weight for spec in config.rewards.reward_funcs]),
-    )
-    for row, advantage in zip(rows, result.reshape(-1), strict=True):
-        row.advantage = float(advantage)
-    return rows
-
-
-def signal_indices(rows: list[Scored], config: Config) -> list[int]:
-    """Rows of groups in which rewards differ."""
-    size = config.rollout.num_generations
-    uniform = uniform_groups(np.array([row.reward for row in rows]).reshape(-1, size))
-    return [i for i in range(len(rows)) if not uniform[i // size]]
-
-
-def kl_penalties(batch: PolicyBatch, algorithm: AlgorithmConfig) -> list[float] | None:
-    """β·Σ(ℓ_old − ℓ_ref) of every completion, the k1 estimate of its KL, where it belongs in the reward."""
-    if not algorithm.beta or algorithm.kl_estimator != "k1":
-        return None
-    assert batch.old_log_probs is not None
-    assert batch.ref_log_probs is not None
-    pairs = zip(batch.old_log_probs, batch.ref_log_probs, strict=True)
-    return [algorithm.beta * float((old.double() - ref.double()).sum()) for old, ref in pairs]
-
-
-def policy_batch(rows: list[Scored], *, mask_truncated: bool) -> PolicyBatch:
-    """Sequences to train on; a truncated completion carries no loss if `mask_truncated`."""
-    sequences, log_probs = [], []
-    for row in rows:
-        completion = row.completion
-        scored = not (mask_truncated and completion.truncated)
-        mask = [scored] * len(completion.ids)
-        sequences.append(Sequence(row.prompt.ids, completion.ids, mask, family=row.group))
-        log_probs.append(completion.log_probs if scored else [])
-    return PolicyBatch(sequences, [row.advantage for row in rows], log_probs)
 
 
 def supervised_loss(lm: LanguageModel, examples: list[Sequence], max_tokens: int, head) -> float:

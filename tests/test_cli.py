@@ -81,6 +81,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "chats.jsonl", [{"messages": t} for t in turns])
     write_config(folder / "grpo.yaml", grpo_config())
     write_config(folder / "sft.yaml", sft_config())
+    pairs = [{"prompt": f"w{i}", "chosen": f"w{50 + i % 7} w5", "rejected": f"w{60 + i % 5} w9 w9"} for i in range(16)]
+    write_lines(folder / "pairs.jsonl", pairs)
+    labelled = [
+        {"prompt": p["prompt"], "completion": p[side], "label": side == "chosen"}
+        for p in pairs
+        for side in ("chosen", "rejected")
+    ]
+    write_lines(folder / "labelled.jsonl", labelled)
+    write_config(folder / "dpo.yaml", dpo_config())
     return folder
 
 
@@ -151,6 +160,20 @@ def sft_config() -> dict[str, Any]:
         "algorithm": {"name": "sft"},
         "train": {"max_steps": 15, "per_device_train_batch_size": 6},
         "optim": {"learning_rate": 0.02},
+    }
+
+
+def dpo_config() -> dict[str, Any]:
+    return {
+        "run_name": "dpo",
+        "model": {"model_name_or_path": "model", "device": "cpu"},
+        "lora": {"r": 8},
+        "data": {"dataset_name": "pairs.jsonl"},
+        "eval": {"dataset_name": "pairs.jsonl"},
+        "algorithm": {"name": "dpo"},
+        "train": {"max_steps": 8, "per_device_train_batch_size": 8},
+        "optim": {"learning_rate": 0.01},
+        "checkpoint": {"save_steps": 4, "save_total_limit": None},
     }
 
 
@@ -465,6 +488,71 @@ def test_a_users_own_loss_trains_and_its_faults_are_named(place: Path, tmp_path:
         assert done.code == 2
         assert message in done.err
         assert "Traceback" not in done.err
+
+
+PREFERENCES = ["sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "simpo", "orpo", "cpo", "kto"]
+
+
+@pytest.mark.parametrize("loss_type", PREFERENCES)
+def test_preferences_are_learned(place: Path, tmp_path: Path, monkeypatch, loss_type: str) -> None:
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
+    data = [f"{s}.dataset_name={place}/labelled.jsonl" for s in ("data", "eval")] if loss_type == "kto" else []
+    options = [f"output_dir={tmp_path}", f"preference.loss_type={loss_type}", *data]
+    done = here("run", place / "dpo.yaml", *options)
+    assert done.code == 0, done.err
+    lines = metrics(tmp_path / "dpo")
+    held_out = [line for line in lines if "eval/rewards/margins" in line]
+    assert [line["step"] for line in held_out] == [0, 8]
+    assert held_out[1]["eval/rewards/margins"] > held_out[0]["eval/rewards/margins"]
+    assert held_out[1]["eval/loss"] < held_out[0]["eval/loss"]
+    if loss_type != "kto":
+        assert held_out[1]["eval/rewards/accuracies"] > 0.9
+    steps = [line for line in lines if "rewards/margins" in line]
+    assert {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"} <= steps[0].keys()
+    # A reference is computed once and read again by the next run.
+    needs_reference = loss_type not in ("simpo", "orpo", "cpo")
+    assert bool(list((tmp_path / "cache" / "reference").glob("*.safetensors"))) == needs_reference
+
+
+def test_preference_tuning_resumes_to_the_same_bytes(place: Path, tmp_path: Path) -> None:
+    through, cut = tmp_path / "through", tmp_path / "cut"
+    assert here("run", place / "dpo.yaml", f"output_dir={through}").code == 0
+    assert here("run", place / "dpo.yaml", f"output_dir={cut}", "train.max_steps=4").code == 0
+    done = here("resume", cut / "dpo", "train.max_steps=8")
+    assert done.code == 0, done.err
+    name = "adapter/adapter_model.safetensors"
+    assert (through / "dpo" / name).read_bytes() == (cut / "dpo" / name).read_bytes()
+
+
+def test_online_dpo_learns_from_the_best_and_the_worst(place: Path, tmp_path: Path) -> None:
+    options = ["algorithm.name=online_dpo", "train.max_steps=10", "warmup.max_steps=0", "optim.learning_rate=0.01"]
+    done = here("run", place / "grpo.yaml", f"output_dir={tmp_path}", *options)
+    assert done.code == 0, done.err
+    lines = [line for line in metrics(tmp_path / "grpo") if "reward" in line]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert sum(line["reward"] for line in lines[-3:]) > sum(line["reward"] for line in lines[:3]) + 0.15
+    assert lines[-1]["rewards/margins"] > 0
+
+
+def test_preference_mistakes_are_named(place: Path, tmp_path: Path) -> None:
+    for options, message in (
+        (["preference.label_smoothing=0.1", "preference.loss_type=hinge"], "label_smoothing"),
+        (["preference.loss_type=kto"], "completion"),
+        ([f"data.dataset_name={place}/prompts.jsonl"], "chosen"),
+        (["preference.loss_type=sigmod"], "sigmoid"),
+    ):
+        done = here("run", place / "dpo.yaml", f"output_dir={tmp_path}", *options)
+        assert done.code == 2, done.out
+        assert message in done.err
+        assert "Traceback" not in done.err
+
+
+def test_smoothing_and_z_loss_train(place: Path, tmp_path: Path) -> None:
+    options = ["algorithm.label_smoothing_factor=0.1", "algorithm.z_loss_coef=0.001", "train.max_steps=6"]
+    done = here("run", place / "sft.yaml", f"output_dir={tmp_path}", *options)
+    assert done.code == 0, done.err
+    lines = [line for line in metrics(tmp_path / "sft") if "loss" in line]
+    assert lines[-1]["loss"] < lines[0]["loss"]
 
 
 def test_eval_of_a_run_scores_its_adapter(place: Path, grpo_run: tuple[Path, Done]) -> None:

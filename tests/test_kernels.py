@@ -75,7 +75,7 @@ def test_head_equals_autograd(options: dict[str, Any], biased: bool, generator: 
 
     def run(function, **more):
         x = hidden.clone().requires_grad_()
-        log_probs, entropy = function(x, **more)
+        log_probs, entropy, *_ = function(x, **more)
         (log_probs @ g + entropy @ h).backward()
         return log_probs.detach(), entropy.detach(), x.grad
 
@@ -85,6 +85,28 @@ def test_head_equals_autograd(options: dict[str, Any], biased: bool, generator: 
         ours = run(lambda x, o=o: linear_logprob(x, weight, targets, bias=bias, options=o))
         for name, a, b in zip(("log-probs", "entropy", "gradient"), ours, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=f"{name} with chunks of {chunk}")
+
+
+@pytest.mark.parametrize("options", [o for o in HEADS if not {"top_k", "top_p"} & o.keys()], ids=str)
+def test_normalisers_equal_autograd(options: dict[str, Any], generator: torch.Generator) -> None:
+    """The log-partition function and the mean logit, alone and together with the log-probs."""
+    hidden = torch.randn(9, 6, dtype=torch.float64, generator=generator)
+    weight = torch.randn(29, 6, dtype=torch.float64, generator=generator)
+    targets = torch.randint(29, (9,), generator=generator)
+    factors = torch.randn(3, 9, dtype=torch.float64, generator=generator)
+    o = HeadOptions(**options, chunk_size=4)
+    for used in ([1], [2], [0, 1, 2]):
+        ours, plain = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+        scores = linear_logprob(ours, weight, targets, options=o)
+        z = plain @ weight.T * o.scale
+        z = (z if o.softcap is None else o.softcap * torch.tanh(z / o.softcap)) / o.temperature
+        expected = (z.log_softmax(-1).gather(-1, targets[:, None])[:, 0], z.logsumexp(-1), z.mean(-1))
+        found = (scores.log_probs, scores.lse, scores.mean_logit)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        sum(found[i] @ factors[i] for i in used).backward()
+        sum(expected[i] @ factors[i] for i in used).backward()
+        torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_head_takes_a_gradient_of_the_log_probs_alone(generator: torch.Generator) -> None:
@@ -101,7 +123,7 @@ def test_bfloat16_head_keeps_float32_logits(generator: torch.Generator) -> None:
     hidden = (3 * torch.randn(8, 64, generator=generator)).bfloat16()
     weight = torch.randn(50, 64, generator=generator).bfloat16()
     targets = torch.randint(50, (8,), generator=generator)
-    ours, _ = linear_logprob(hidden, weight, targets)
+    ours = linear_logprob(hidden, weight, targets).log_probs
     exact, _ = plain_head(hidden.double(), weight.double(), targets, None, HeadOptions())
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
@@ -110,7 +132,7 @@ def test_bfloat16_head_keeps_float32_logits(generator: torch.Generator) -> None:
 def test_head_with_probability_underflow_is_finite() -> None:
     hidden = torch.tensor([[2000.0]], dtype=torch.float64, requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.5]], dtype=torch.float64)
-    log_probs, entropy = linear_logprob(hidden, weight, torch.tensor([1]))
+    log_probs, entropy, *_ = linear_logprob(hidden, weight, torch.tensor([1]))
     (log_probs + entropy).sum().backward()
     assert log_probs.item() == -4000.0
     assert entropy.item() == 0.0

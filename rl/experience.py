@@ -1,0 +1,76 @@
+"""From scored completions to what an optimiser step learns from."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tandem.rl.advantages import advantages, uniform_groups
+from tandem.rl.config import AlgorithmConfig, Config
+from tandem.rl.preference_step import Answers
+from tandem.rl.samples import Scored, Sequence
+from tandem.rl.step import PolicyBatch
+
+
+def with_advantages(rows: list[Scored], config: Config, penalties: list[float] | None = None) -> list[Scored]:
+    """Fill in the advantages of a scored batch whose groups stand one after the other.
+
+    Args:
+        penalties: subtracted from each row's reward first (KL in the reward).
+    """
+    shape = (-1, config.rollout.num_generations)
+    rewards = np.array([row.reward for row in rows], dtype=np.float64)
+    if penalties is not None:
+        rewards -= np.array(penalties)
+    names = config.reward_names()
+    values = [[np.nan if (v := row.rewards.get(n)) is None else v for n in names] for row in rows]
+    result = advantages(
+        rewards.reshape(shape),
+        config.algorithm,
+        components=np.array(values, dtype=np.float64).reshape(*shape, len(names)),
+        weights=np.array([spec.weight for spec in config.rewards.reward_funcs]),
+    )
+    for row, advantage in zip(rows, result.reshape(-1), strict=True):
+        row.advantage = float(advantage)
+    return rows
+
+
+def signal_indices(rows: list[Scored], config: Config) -> list[int]:
+    """Rows of groups in which rewards differ."""
+    size = config.rollout.num_generations
+    uniform = uniform_groups(np.array([row.reward for row in rows]).reshape(-1, size))
+    return [i for i in range(len(rows)) if not uniform[i // size]]
+
+
+def kl_penalties(batch: PolicyBatch, algorithm: AlgorithmConfig) -> list[float] | None:
+    """β·Σ(ℓ_old − ℓ_ref) of every completion, the k1 estimate of its KL, where it belongs in the reward."""
+    if not algorithm.beta or algorithm.kl_estimator != "k1":
+        return None
+    assert batch.old_log_probs is not None
+    assert batch.ref_log_probs is not None
+    pairs = zip(batch.old_log_probs, batch.ref_log_probs, strict=True)
+    return [algorithm.beta * float((old.double() - ref.double()).sum()) for old, ref in pairs]
+
+
+def policy_batch(rows: list[Scored], *, mask_truncated: bool) -> PolicyBatch:
+    """Sequences to train on; a truncated completion carries no loss if `mask_truncated`."""
+    sequences, log_probs = [], []
+    for row in rows:
+        completion = row.completion
+        scored = not (mask_truncated and completion.truncated)
+        mask = [scored] * len(completion.ids)
+        sequences.append(Sequence(row.prompt.ids, completion.ids, mask, family=row.group))
+        log_probs.append(completion.log_probs if scored else [])
+    return PolicyBatch(sequences, [row.advantage for row in rows], log_probs)
+
+
+def best_and_worst(rows: list[Scored], num_generations: int) -> Answers:
+    """A pair from every group whose rewards differ: its best completion against its worst, the first of equals."""
+    sequences: list[Sequence] = []
+    for start in range(0, len(rows), num_generations):
+        group = rows[start : start + num_generations]
+        best, worst = max(group, key=lambda r: r.reward), min(group, key=lambda r: r.reward)
+        if best.reward > worst.reward:
+            for row in (best, worst):
+                ids = row.completion.ids
+                sequences.append(Sequence(row.prompt.ids, ids, [True] * len(ids), family=row.group, unit=row.group))
+    return Answers(sequences)

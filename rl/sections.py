@@ -1,0 +1,382 @@
+"""The sections of a config. Keys are TRL's where TRL has one; every field says what it means, in which unit."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _finite_float(value: Any) -> Any:
+    """YAML 1.1 reads `1e-5` as a string; users mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_finite_float), Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The base model. Its weights are frozen; only the LoRA adapter is trained."""
+
+    model_name_or_path: str
+    """Hub id, local folder, or `pkg://PACKAGE/FILE.gguf` for weights that an installed Python package carries."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU."""
+    load_in_4bit: bool = False
+    """Quantise the linear layers to NF4 with bitsandbytes (QLoRA), with double quantisation."""
+    max_length: Positive | None = None
+    """Longest prompt + completion in tokens; None: what the model's own config allows."""
+    chat_template: str | None = None
+    """Path of a Jinja file that replaces the tokenizer's chat template."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Extra variables for the chat template, for example `enable_thinking: false`."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Off unless you trust its author."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto: the GPU if there is one."""
+
+
+class LoraConfig(Section):
+    """The adapter, by peft's names."""
+
+    r: Positive = 16
+    """Rank."""
+    lora_alpha: Number | None = None
+    """Scale numerator (scale = alpha / r); None: 2 × r."""
+    lora_dropout: Fraction = 0.0
+    """Dropout on the adapter's input; 0 in RL, where it makes trainer and rollout policies differ."""
+    target_modules: str | list[str] = "all-linear"
+    """Module names, or all-linear for every linear layer except the head."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r."""
+    init_from: str | None = None
+    """Folder of a peft adapter to start from (a run's `adapter/`); its rank and targets then count."""
+
+    @property
+    def alpha(self) -> float:
+        return self.lora_alpha if self.lora_alpha is not None else 2.0 * self.r
+
+
+class DataConfig(Section):
+    """Where rows come from. RL needs `prompt`; SFT `messages`, `text`, or `prompt` + `completion`; preferences
+    `prompt`, `chosen`, `rejected` (kto: `prompt`, `completion`, `label`). Other columns reach the rewards by name."""
+
+    dataset_name: str | None = None
+    """Hub id, a .json / .jsonl / .csv / .parquet file, or `FILE.py:FUNCTION` that returns rows or a Dataset."""
+    dataset_config: str | None = None
+    """Configuration name of a hub data set."""
+    dataset_train_split: str = "train"
+    """Split of a hub data set to train on; for a Python function: its `split` argument, if it takes one."""
+    dataset_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments for a `FILE.py:FUNCTION`."""
+    system_prompt: str | None = None
+    """System message put before every conversational prompt that has none."""
+    max_prompt_length: Positive | None = None
+    """Prompts longer than this many tokens are dropped and counted; None: `model.max_length` minus the completion."""
+    shuffle_dataset: bool = True
+    """Draw rows in a seeded random order, a new one every epoch."""
+    completion_only_loss: bool = True
+    """SFT on `prompt` + `completion`: loss on the completion only."""
+    assistant_only_loss: bool = True
+    """SFT on `messages`: loss on assistant turns only."""
+    max_examples: Positive | None = None
+    """Use only the first so many rows."""
+
+
+class RolloutConfig(Section):
+    """How completions are generated."""
+
+    engine: Literal["auto", "transformers"] = "auto"
+    """transformers: embedded, shares the trainer's model, runs anywhere; auto: the best that works here."""
+    num_generations: Annotated[int, Field(ge=1)] = 8
+    """Completions per prompt (the group size, G)."""
+    max_completion_length: Positive = 512
+    """Longest completion in tokens."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Sampling temperature; trainer log-probs use the same."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus sampling; below 1.0 the log-probs of trainer and rollout are both renormalised over the nucleus."""
+    top_k: NonNegative = 0
+    """Sample among the k likeliest tokens; 0: off. Log-probs are renormalised likewise."""
+    stop_token_ids: list[int] = Field(default_factory=list)
+    """Further token ids that end a completion, beside the model's own end tokens."""
+    max_in_flight: Positive | None = None
+    """Completions generated at once; None: the whole batch."""
+
+
+class RewardSpec(Section):
+    """One reward function."""
+
+    function: str
+    """Built-in name, `FILE.py:function` or `module:function`."""
+    weight: Number = 1.0
+    """Factor of this reward in the total."""
+    name: str | None = None
+    """Name in metrics; None: the function's own."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments passed to every call."""
+
+
+class RewardsConfig(Section):
+    """What is rewarded. The total is the weighted sum of the functions' values (None counts as not applicable)."""
+
+    reward_funcs: list[RewardSpec] = Field(default_factory=list)
+    """Functions: names, `FILE.py:function`, or mappings with function, weight, name, kwargs."""
+    reward_weights: list[Number] | None = None
+    """Weights in the order of `reward_funcs`, as in TRL; instead of a weight in each entry."""
+    timeout: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds that one call of one reward function on a whole batch may take."""
+
+    @field_validator("reward_funcs", mode="before")
+    @classmethod
+    def _names_are_specs(cls, value: Any) -> Any:
+        if isinstance(value, (str, dict)):
+            value = [value]
+        return [{"function": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> RewardsConfig:
+        if self.reward_weights is not None:
+            if len(self.reward_weights) != len(self.reward_funcs):
+                raise ValueError(
+                    f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs; "
+                    "give one weight per function"
+                )
+            for spec, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
+                spec.weight = weight
+            self.reward_weights = None
+        return self
+
+
+class AlgorithmConfig(Section):
+    """The objective."""
+
+    name: Literal["grpo", "sft", "dpo", "online_dpo"] = "grpo"
+    """grpo: reinforcement learning from rewards; sft: supervised fine-tuning; dpo: preference tuning on a data set;
+    online_dpo: on the best and the worst completion of every rollout group."""
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "reinforce"] = "dapo"
+    """Objective and average: grpo per sequence; bnpo and dapo over all tokens of the optimiser batch; dr_grpo over
+    batch × max_completion_length; cispo, sapo and reinforce replace the clip (see docs/objectives.md)."""
+    loss: str | None = None
+    """`FILE.py:function` or `module:function` that replaces loss_type's objective: gets (tokens, algorithm), returns
+    a scalar tensor; loss_type still says how tokens are averaged (`tokens.weights`)."""
+    importance_sampling_level: Literal["token", "sequence", "sequence_token"] = "token"
+    """token: ratios per token; sequence: GSPO, one length-normalised ratio per sequence; sequence_token: GSPO-token."""
+    epsilon: Annotated[float, Field(gt=0)] = 0.2
+    """Lower clip range of the ratio (and upper, unless epsilon_high is set). GSPO wants about 3e-4."""
+    epsilon_high: Annotated[float, Field(gt=0)] | None = None
+    """Upper clip range (clip-higher); None: epsilon. For cispo the largest ratio itself, for example 5."""
+    delta: Annotated[float, Field(gt=1)] | None = None
+    """Dual clip: ratios above delta are cut for negative advantages too; None: off."""
+    sapo_temperature_pos: Annotated[float, Field(gt=0)] = 1.0
+    """SAPO's gate temperature for positive advantages."""
+    sapo_temperature_neg: Annotated[float, Field(gt=0)] = 1.05
+    """SAPO's gate temperature for negative advantages."""
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL term against the reference policy (the model with the adapter off); 0: no reference pass."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """k1: subtracted from the reward, summed over the completion; k2, k3: a term of the loss."""
+    use_bias_correction_kl: bool = True
+    """Multiply k3 by the importance ratio, which makes its gradient unbiased."""
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the entropy bonus, a mean over the optimiser batch's tokens."""
+    top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Only this share of the optimiser batch's tokens, those of the highest entropy, carries the objective."""
+    advantage_estimator: Literal["group", "rloo", "reinforce_plus_plus"] = "group"
+    """group: reward minus the group's mean, scaled by scale_rewards; rloo: minus the mean of the others; unscaled;
+    reinforce_plus_plus: standardised over the batch."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the standard deviation of the group, of the batch, or not at all (Dr. GRPO)."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """normalize_then_sum: standardise each reward within its group before weighting (GDPO)."""
+    drop_uniform_groups: bool = False
+    """Leave groups without any difference in reward out of the batch, averages included."""
+    num_iterations: Positive = 1
+    """Passes over each rollout batch."""
+    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """SFT: share of the target spread over the whole vocabulary."""
+    z_loss_coef: Annotated[float, Field(ge=0)] = 0.0
+    """SFT: weight of the squared log-partition function, which keeps logits from drifting."""
+    mask_truncated_completions: bool = False
+    """Completions cut by the length limit carry no loss."""
+    rollout_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "token_truncate"
+    )
+    """Importance weight between trainer and engine log-probs: truncated (TIS) or masked outside its range (MIS)."""
+    rollout_correction_max: Annotated[float, Field(gt=1)] = 3.0
+    """Largest weight."""
+    rollout_correction_min: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Smallest weight; None: 0."""
+
+    @field_validator("scale_rewards", mode="before")
+    @classmethod
+    def _trl_booleans(cls, value: Any) -> Any:
+        """TRL accepts booleans here; YAML turns a bare `none` into a string already but `no` into False."""
+        if value is None or value is False:
+            return "none"
+        return "group" if value is True else value
+
+    @property
+    def epsilon_low(self) -> float:
+        return self.epsilon
+
+    @property
+    def epsilon_upper(self) -> float:
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+
+class PreferenceConfig(Section):
+    """Preference tuning: `algorithm.name: dpo` on pairs (or labelled answers), `online_dpo` on rollouts."""
+
+    loss_type: Literal["sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "simpo", "orpo", "cpo", "kto"] = "sigmoid"
+    """Objective, by TRL's names (see docs/objectives.md); kto wants rows with prompt, completion and label."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Factor of the scores: how far the policy may go from the reference; IPO's τ, ORPO's λ."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs thought to be labelled the wrong way round."""
+    simpo_gamma: Annotated[float, Field(ge=0)] = 0.5
+    """SimPO's target margin of the rewards."""
+    sft_weight: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the chosen answers' cross-entropy; None: 1 for orpo and cpo, 0 for the others."""
+    desirable_weight: Annotated[float, Field(ge=0)] = 1.0
+    """KTO's weight of good answers."""
+    undesirable_weight: Annotated[float, Field(ge=0)] = 1.0
+    """KTO's weight of bad answers."""
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    max_steps: Positive | None = None
+    """Optimiser steps; None: from num_train_epochs."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the data set, where max_steps is not given."""
+    generation_batch_size: Positive | None = None
+    """RL: completions per rollout, a multiple of num_generations; None: 8 prompts × num_generations."""
+    steps_per_generation: Positive = 1
+    """RL: optimiser steps that share one rollout batch (each sees a part of it)."""
+    per_device_train_batch_size: Positive = 16
+    """SFT: examples per optimiser step; dpo: pairs (or labelled answers)."""
+    max_tokens: Positive | None = None
+    """Tokens per pack (micro-batch), a limit on memory and never on the loss; None: 16384 on a GPU, 4096 on a CPU."""
+    share_prefix: bool = True
+    """Compute a group's prompt once per pack for all its completions (exact gradients, fewer tokens)."""
+    logprob_chunk_size: Positive = 1024
+    """Rows of logits that exist at a time; [rows × vocabulary] is the only logits buffer."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass; None: on for a GPU, off for a CPU."""
+
+
+class OptimConfig(Section):
+    """The optimiser of the adapter's weights (kept in float32)."""
+
+    learning_rate: Annotated[Number, Field(gt=0)] = 1e-5
+    """Peak learning rate. LoRA wants about ten times that of full training (TRL's GRPO default is 1e-6)."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after warm-up; linear and cosine end at zero."""
+    warmup_steps: NonNegative = 0
+    """Optimiser steps of linear rise to the peak."""
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this norm; 0: no clipping."""
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
+    """adamw_8bit and paged_adamw_8bit need bitsandbytes and a GPU."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """First-moment decay."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Second-moment decay."""
+    adam_epsilon: Annotated[Number, Field(gt=0)] = 1e-8
+    """Denominator term."""
+
+
+class EvalConfig(Section):
+    """Held-out evaluation, through the same engine and the same rewards."""
+
+    dataset_name: str | None = None
+    """As `data.dataset_name`; None: no evaluation."""
+    dataset_config: str | None = None
+    """Configuration name of a hub data set."""
+    dataset_test_split: str = "test"
+    """Split of a hub data set; for a Python function: its `split` argument, if it takes one."""
+    dataset_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments for a `FILE.py:FUNCTION`."""
+    max_examples: Positive | None = None
+    """Use only the first so many rows."""
+    eval_steps: NonNegative = 0
+    """Evaluate every so many steps; 0: only before and after."""
+    eval_on_start: bool = True
+    """Evaluate before the first step, so that there is something to compare with."""
+    num_generations: Positive = 1
+    """Completions per prompt; the score is their mean."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: greedy."""
+    score: str | None = None
+    """Name of the reward that is the held-out score; None: the weighted total."""
+
+
+class LogConfig(Section):
+    """What is recorded, and where."""
+
+    report_to: list[Literal["wandb"]] = Field(default_factory=list)
+    """Trackers beside `metrics.jsonl`, which is always written."""
+    wandb_mode: Literal["online", "offline", "disabled"] = "online"
+    """offline: kept in the run folder until `wandb sync`."""
+    wandb_project: str = "tandem"
+    """Project name in wandb."""
+    logging_steps: Positive = 1
+    """Console line and tracker record every so many steps."""
+    log_completions: bool = True
+    """Keep every completion with its rewards under `rollouts/` and send a table to the trackers."""
+    num_completions_to_print: NonNegative = 0
+    """Completions shown in the console at every logged step."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_none(cls, value: Any) -> Any:
+        if value in (None, "none", False):
+            return []
+        return [value] if isinstance(value, str) else value
+
+
+class CheckpointConfig(Section):
+    """Checkpoints hold adapter, optimiser, random state, data position and counters."""
+
+    save_steps: NonNegative = 50
+    """Every so many steps; 0: only at the end and when stopped."""
+    save_total_limit: Positive | None = 2
+    """Keep the newest so many; None: all."""
+
+
+class WarmupConfig(Section):
+    """Supervised fine-tuning of the same adapter before RL starts, to teach a format the base model never tries."""
+
+    max_steps: NonNegative = 0
+    """Optimiser steps of SFT; 0: no warm-up."""
+    dataset_name: str | None = None
+    """As `data.dataset_name`, with SFT columns."""
+    dataset_config: str | None = None
+    """Configuration name of a hub data set."""
+    dataset_train_split: str = "train"
+    """Split of a hub data set."""
+    dataset_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments for a `FILE.py:FUNCTION`."""
+    per_device_train_batch_size: Positive = 16
+    """Examples per optimiser step."""
+    learning_rate: Annotated[Number, Field(gt=0)] = 1e-4
+    """Constant learning rate of the warm-up."""
