@@ -30,7 +30,7 @@ ALLOWED = {
     ),
     "rl": ("tandem.rl", "tandem.kernels"),
 }
-DRIVERS = {"trainer", "evaluate", "cli", "commands", "check"}
+DRIVERS = {"trainer", "evaluate", "inputs", "cli", "commands"}
 
 HEAVY = ("torch", "transformers", "vllm", "triton", "wandb", "bitsandbytes", "trl", "peft", "datasets", "matplotlib")
 LIGHT = {
