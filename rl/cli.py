@@ -122,3 +122,7 @@ def _console():
     from tandem.rl.console import Console
 
     return Console()
+
+
+if __name__ == "__main__":
+    main()

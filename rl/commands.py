@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tandem.rl import distributed
 from tandem.rl.checkpoint import State, latest_checkpoint, read_state, restore
 from tandem.rl.config import Config
 from tandem.rl.config_file import save_config
@@ -23,35 +24,58 @@ from tandem.rl.lora import attach_lora, load_adapter, trainable
 from tandem.rl.model import LanguageModel, load_model
 from tandem.rl.optim import make_optimizer
 from tandem.rl.report import write_report
-from tandem.rl.trackers import Trackers
+from tandem.rl.trackers import NoTrackers, Trackers
 from tandem.rl.trainer import Trainer, total_steps
 from tandem.rollout.transformers_engine import TransformersEngine
 
 
 def run(config: Config, *, dry_run: bool, console: Console) -> bool:
     """`rl-train run`. Returns whether the run came to its end."""
-    inputs = prepare(config, console)
     if dry_run:
-        _show_plan(config, inputs, console)
+        _show_plan(config, prepare(config, console), console)
         return True
-    config = _with_free_folder(config, console)
-    run_dir = config.run_dir
-    run_dir.mkdir(parents=True)
-    save_config(config, run_dir / "config.yaml")
-    console.note(f"run folder: {run_dir}")
-    return _train(config, run_dir, inputs, State(), None, console)
+    with _processes(config, console) as console:
+        inputs = prepare(config, console)
+        config = distributed.broadcast(_with_free_folder(config, console))
+        run_dir = config.run_dir
+        if distributed.is_main():
+            run_dir.mkdir(parents=True)
+            save_config(config, run_dir / "config.yaml")
+        console.note(f"run folder: {run_dir}")
+        return _train(config, run_dir, inputs, State(), None, console)
 
 
 def resume(run_dir: Path, config: Config, *, console: Console) -> bool:
     """`rl-train resume`: go on from the newest checkpoint, or from the start if there is none yet."""
-    checkpoint = latest_checkpoint(run_dir)
-    state = read_state(checkpoint) if checkpoint else State()
-    inputs = prepare(config, console)
-    save_config(config, run_dir / "config.yaml")
-    console.note(
-        f"resuming {run_dir} after step {state.step}" if checkpoint else f"{run_dir} has no checkpoint: from the start"
-    )
-    return _train(config, run_dir, inputs, state, checkpoint, console, resumed=True)
+    with _processes(config, console) as console:
+        checkpoint = latest_checkpoint(run_dir)
+        state = read_state(checkpoint) if checkpoint else State()
+        inputs = prepare(config, console)
+        if distributed.is_main():
+            save_config(config, run_dir / "config.yaml")
+        start = (
+            f"resuming {run_dir} after step {state.step}"
+            if checkpoint
+            else f"{run_dir} has no checkpoint: from the start"
+        )
+        console.note(start)
+        return _train(config, run_dir, inputs, state, checkpoint, console, resumed=True)
+
+
+@contextmanager
+def _processes(config: Config, console: Console) -> Iterator[Console]:
+    """Join the other processes of `torchrun`; only the first one talks."""
+    distributed.start()
+    try:
+        ranks = distributed.world_size()
+        if config.uses_rollouts and config.prompts_per_rollout < ranks:
+            raise UserError(
+                f"a rollout of {config.prompts_per_rollout} prompts cannot be shared by {ranks} processes",
+                fix="raise train.generation_batch_size, or start fewer processes",
+            )
+        yield console if distributed.is_main() else Console.silent()
+    finally:
+        distributed.finish()
 
 
 def evaluate_run(config: Config, run_dir: Path | None, *, console: Console) -> dict[str, float]:
@@ -140,11 +164,11 @@ def _train(
     optimizer = make_optimizer(trainable(lm), config.optim)
     if checkpoint:
         restore(checkpoint, lm, optimizer)
-    if resumed:
-        drop_after(run_dir, state.step if checkpoint else -1)
     resume_step = (state.step if checkpoint else -1) if resumed else None
+    if resume_step is not None and distributed.is_main():
+        drop_after(run_dir, resume_step)
     with (
-        Trackers(config, run_dir, resume_step=resume_step, warn=console.warn) as trackers,
+        _trackers(config, run_dir, resume_step, console) as trackers,
         _stop_on_signal(console) as stopped,
     ):
         trainer = Trainer(
@@ -171,8 +195,15 @@ def _train(
     if not finished:
         console.note(f"stopped after step {state.step} with a checkpoint; go on with: rl-train resume {run_dir}")
         return False
-    _show_result(config, run_dir, state, write_report(run_dir), elapsed, console)
+    if distributed.is_main():
+        _show_result(config, run_dir, state, write_report(run_dir), elapsed, console)
     return True
+
+
+def _trackers(config: Config, run_dir: Path, resume_step: int | None, console: Console) -> Trackers:
+    if not distributed.is_main():
+        return NoTrackers()
+    return Trackers(config, run_dir, resume_step=resume_step, warn=console.warn)
 
 
 def _open_model(config: Config, inputs: Inputs) -> tuple[LanguageModel, TransformersEngine, tuple[int, ...]]:

@@ -6,6 +6,7 @@ one plain line. Text that is not ours, such as completions and prompts, is never
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import sys
@@ -156,6 +157,11 @@ class Console:
                 ]
             )
             self._out.print(Panel(body, title=Text(title), title_align="left", box=box.ROUNDED))
+
+    @classmethod
+    def silent(cls) -> Console:
+        """Says nothing: for processes other than the first of several."""
+        return cls(stdout=io.StringIO(), stderr=io.StringIO(), live=False)
 
     def __enter__(self) -> Console:
         return self

@@ -6,9 +6,20 @@ import numpy as np
 
 from tandem.rl.advantages import advantages, uniform_groups
 from tandem.rl.config import AlgorithmConfig, Config
+from tandem.rl.distributed import interleave
 from tandem.rl.preference_step import Answers
 from tandem.rl.samples import Scored, Sequence
 from tandem.rl.step import PolicyBatch
+
+
+def in_order(parts: list[list[Scored]], num_generations: int) -> list[Scored]:
+    """The ranks' scored completions as one batch, groups in the order of its prompts and numbered anew."""
+    groups = [[rows[i : i + num_generations] for i in range(0, len(rows), num_generations)] for rows in parts]
+    whole = interleave(groups)
+    for number, group in enumerate(whole):
+        for row in group:
+            row.group = number
+    return [row for group in whole for row in group]
 
 
 def with_advantages(rows: list[Scored], config: Config, penalties: list[float] | None = None) -> list[Scored]:

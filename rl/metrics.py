@@ -63,6 +63,13 @@ class Meter:
         series.values.extend(v for v, _ in kept)
         series.weights.extend(w for _, w in kept)
 
+    def absorb(self, other: Meter) -> None:
+        """Take in everything that another meter holds, as if it had been added here."""
+        for name, series in other._series.items():
+            own = self._series.setdefault(name, _Series(series.how))
+            own.values.extend(series.values)
+            own.weights.extend(series.weights)
+
     def result(self) -> dict[str, float]:
         """Every statistic by its name. Without any value a sum is 0 and everything else nan."""
         return {name: _statistic(series) for name, series in self._series.items()}

@@ -16,6 +16,7 @@ import torch
 from tandem.kernels.linear_logprob import HeadOptions, head_logits
 from tandem.kernels.packed_attention import PackLayout, packed_attention
 from tandem.rl.config import ModelConfig
+from tandem.rl.distributed import local_rank
 from tandem.rl.errors import UserError
 from tandem.rl.weights import resolve_model
 
@@ -188,8 +189,8 @@ def _device(config: ModelConfig) -> torch.device:
             "model.device is cuda, but torch sees no GPU", fix="set model.device=auto, or install a CUDA torch"
         )
     if config.device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    return torch.device("cuda:0" if config.device == "cuda" else "cpu")
+        return torch.device(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
+    return torch.device(f"cuda:{local_rank()}" if config.device == "cuda" else "cpu")
 
 
 def _dtype(config: ModelConfig, device: torch.device) -> torch.dtype:

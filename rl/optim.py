@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tandem.rl.config import OptimConfig
+from tandem.rl.distributed import sum_gradients
 from tandem.rl.errors import UserError
 
 
@@ -57,10 +58,11 @@ def apply_gradients(
     rate: float,
     max_grad_norm: float,
 ) -> float:
-    """Clip, step, clear. Returns the gradient's norm before clipping.
+    """Sum over ranks, clip, step, clear. Returns the gradient's norm before clipping.
 
     A norm that is not finite leaves the weights alone: one bad batch must not ruin the adapter.
     """
+    sum_gradients(parameters)
     tensors = [p for _, p in parameters]
     norm = float(torch.nn.utils.clip_grad_norm_(tensors, max_grad_norm or math.inf))
     if math.isfinite(norm):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tandem.kernels.linear_logprob import HeadOptions
+from tandem.rl.distributed import share
 from tandem.rl.metrics import Meter
 from tandem.rl.model import LanguageModel
 from tandem.rl.packing import Pack, pack
@@ -75,7 +76,7 @@ def preference_backward(
     """Add the gradient of the batch's objective to the adapter's `.grad`; log what happened in `meter`."""
     batch = _Batch(lm, answers, loss_type, head, max_tokens)
     with training_mode(lm):
-        for one in pack(answers.sequences, max_tokens):
+        for one in pack(share(answers.sequences, answers.unit), max_tokens):
             log_probs, entropy, *_ = pack_log_probs(lm, one, head)
             value = preference_loss(loss_type, batch.tokens(one, log_probs.detach()), options)
             log_probs.backward(value.grad.to(log_probs.dtype))

@@ -105,6 +105,21 @@ class Trackers:
         self.close(failed=error is not None)
 
 
+class NoTrackers(Trackers):
+    """For processes other than the first of several: records nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def completions(self, step: int, rows: Sequence[Scored]) -> None: ...
+
+    def summary(self, values: Mapping[str, Any]) -> None: ...
+
+    def close(self, *, failed: bool = False) -> None: ...
+
+
 class _Wandb:
     """One wandb run behind a queue and a thread of its own."""
 

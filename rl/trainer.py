@@ -17,17 +17,18 @@ from pathlib import Path
 
 import torch
 
+from tandem.rl import distributed
 from tandem.rl.checkpoint import State, save_checkpoint
 from tandem.rl.config import Config
 from tandem.rl.console import Console
 from tandem.rl.evaluate import Judge, eval_sampling, evaluate, training_sampling
-from tandem.rl.experience import best_and_worst, kl_penalties, policy_batch, signal_indices, with_advantages
+from tandem.rl.experience import best_and_worst, in_order, kl_penalties, policy_batch, signal_indices, with_advantages
 from tandem.rl.journal import write_rollouts
 from tandem.rl.lora import save_adapter, trainable
 from tandem.rl.metrics import Meter, rollout_metrics
 from tandem.rl.model import LanguageModel, with_sampling
 from tandem.rl.optim import apply_gradients, learning_rate
-from tandem.rl.packing import pack
+from tandem.rl.packing import Pack, pack
 from tandem.rl.policy_loss import policy_loss
 from tandem.rl.preference_loss import PreferenceOptions, needs_reference
 from tandem.rl.preference_step import (
@@ -135,7 +136,7 @@ class Trainer:
             "dpo": self._preference_iteration,
             "sft": self._supervised_iteration,
         }[config.algorithm.name]
-        while state.step < self.total_steps and not self._should_stop():
+        while state.step < self.total_steps and not distributed.any_rank(self._should_stop()):
             before = state.step
             metrics = self._timed(iteration)
             if self._due(before, config.log.logging_steps) or state.step >= self.total_steps:
@@ -150,7 +151,8 @@ class Trainer:
         if finished and state.step not in state.scores:
             self._evaluate()
         self._save()
-        save_adapter(self._lm, self._run_dir / "adapter")
+        if distributed.is_main():
+            save_adapter(self._lm, self._run_dir / "adapter")
         return finished
 
     def _warm_up(self) -> bool:
@@ -162,14 +164,14 @@ class Trainer:
         self._console.start(warmup.max_steps, state.warmup_step, label="warm-up")
         batch = warmup.per_device_train_batch_size
         while state.warmup_step < warmup.max_steps:
-            if self._should_stop():
+            if distributed.any_rank(self._should_stop()):
                 self._save()
                 return False
             meter = Meter()
             rows = sampler.take(state.warmup_step * batch, batch)
             self._supervised_update([self._data.warmup[i] for i in rows], warmup.learning_rate, meter)
             state.warmup_step += 1
-            self._console.step(state.warmup_step, meter.result())
+            self._console.step(state.warmup_step, self._merged(meter))
         self._console.stop()
         # RL starts with moments of its own: the two objectives' gradients have nothing to do with each other.
         self._optimizer.state.clear()
@@ -191,7 +193,7 @@ class Trainer:
         for part in self._updates(batch):
             self._policy_update(part, meter)
         self._finish_rollout(rows)
-        return measured | meter.result()
+        return measured | self._merged(meter)
 
     def _online_iteration(self) -> dict[str, float]:
         """One rollout batch and one step of preference tuning on the best and the worst of every group."""
@@ -203,21 +205,28 @@ class Trainer:
                 answers.ref_log_probs = self._reference(answers.sequences)
         self._preference_update(answers, meter)
         self._finish_rollout(with_advantages(rows, self._config))
-        return measured | with_margins(meter.result())
+        return measured | with_margins(self._merged(meter))
 
     def _rollout(self) -> tuple[list[Scored], dict[str, float]]:
         """Completions for the next prompts, scored, and what there is to say of them."""
         config, state = self._config, self._state
         prompts = [self._data.prompts[i] for i in self._sampler.take(state.position, config.prompts_per_rollout)]
         sampling = training_sampling(config, self._stop_token_ids, config.seed * 1_000_003 + state.position)
+        own = [prompt for i, prompt in enumerate(prompts) if distributed.owned(i)]
         with self._clock("generate"):
             self._engine.wake()
-            groups = self._engine.generate(prompts, sampling)
+            groups = self._engine.generate(own, sampling)
             self._engine.sleep()
         with self._clock("reward"):
             scores = self._judge(groups, state.step)
+        rows = in_order(distributed.gather(scores.rows), config.rollout.num_generations)
         state.position += len(prompts)
-        return scores.rows, rollout_metrics(scores.rows) | scores.metrics
+        # What rewards logged themselves is averaged over ranks; what is known of all rows is taken from them.
+        logged = Meter()
+        for part in distributed.gather(scores.metrics):
+            for name, value in part.items():
+                logged.add(name, value)
+        return rows, logged.result() | rollout_metrics(rows)
 
     def _finish_rollout(self, rows: list[Scored]) -> None:
         """Hand the new adapter to the engine and keep the completions that it was learned from."""
@@ -225,7 +234,7 @@ class Trainer:
         with self._clock("hand_over"):
             self._engine.load_adapter(state.step)
         state.num_tokens += sum(len(r.prompt.ids) + len(r.completion.ids) for r in rows)
-        if config.log.log_completions:
+        if config.log.log_completions and distributed.is_main():
             write_rollouts(self._run_dir, state.step, rows)
             self._trackers.completions(state.step, rows)
         self._console.print_completions(rows, config.log.num_completions_to_print)
@@ -240,7 +249,7 @@ class Trainer:
 
     def _policy_update(self, batch: PolicyBatch, meter: Meter) -> None:
         config = self._config
-        packs = pack(batch.sequences, self._max_tokens, share_prefix=config.train.share_prefix)
+        packs = self._own_packs(batch)
         with self._clock("backward"):
             policy_backward(
                 self._lm,
@@ -258,20 +267,27 @@ class Trainer:
     def _with_stored_log_probs(self, batch: PolicyBatch) -> PolicyBatch:
         """Log-probs of the policy at rollout time, where later steps need them, and of the reference policy."""
         config = self._config
-        packs = pack(batch.sequences, self._max_tokens, share_prefix=config.train.share_prefix)
+        packs = self._own_packs(batch)
         algorithm = config.algorithm
         several = algorithm.num_iterations * config.train.steps_per_generation > 1
         in_reward = algorithm.beta > 0 and algorithm.kl_estimator == "k1"
         if several or in_reward or algorithm.top_entropy_quantile < 1:
             log_probs, entropies = sequence_log_probs(self._lm, packs, len(batch.sequences), self._head)
             if several or in_reward:
-                batch.old_log_probs = log_probs
+                batch.old_log_probs = distributed.merge(log_probs)
             if algorithm.top_entropy_quantile < 1:
-                batch.entropies = entropies
+                batch.entropies = distributed.merge(entropies)
         if algorithm.beta:
             with self._lm.model.disable_adapter():
-                batch.ref_log_probs, _ = sequence_log_probs(self._lm, packs, len(batch.sequences), self._head)
+                reference, _ = sequence_log_probs(self._lm, packs, len(batch.sequences), self._head)
+            batch.ref_log_probs = distributed.merge(reference)
         return batch
+
+    def _own_packs(self, batch: PolicyBatch) -> list[Pack]:
+        """The packs of this rank's groups."""
+        config = self._config
+        sequences = distributed.share(batch.sequences, config.rollout.num_generations)
+        return pack(sequences, self._max_tokens, share_prefix=config.train.share_prefix)
 
     # Preference tuning
 
@@ -283,7 +299,7 @@ class Trainer:
         self._preference_update(batch, meter)
         state.position += len(rows)
         state.num_tokens += sum(s.num_tokens for s in batch.sequences)
-        return with_margins(meter.result())
+        return with_margins(self._merged(meter))
 
     def _preference_update(self, answers: Answers, meter: Meter) -> None:
         config, state = self._config, self._state
@@ -324,13 +340,13 @@ class Trainer:
         state.step += 1
         state.position += len(rows)
         state.num_tokens += sum(e.num_tokens for e in examples)
-        return meter.result()
+        return self._merged(meter)
 
     def _supervised_update(self, examples: list[Sequence], rate: float, meter: Meter) -> None:
         with self._clock("backward"):
             supervised_backward(
                 self._lm,
-                pack(examples, self._max_tokens),
+                pack(distributed.share(examples, 1), self._max_tokens),
                 examples,
                 self._plain_head,
                 meter,
@@ -340,6 +356,13 @@ class Trainer:
         self._update(rate, meter)
 
     # Shared
+
+    def _merged(self, meter: Meter) -> dict[str, float]:
+        """The statistics over all ranks."""
+        whole = Meter()
+        for part in distributed.gather(meter):
+            whole.absorb(part)
+        return whole.result()
 
     def _update(self, rate: float, meter: Meter) -> None:
         with self._clock("optimizer"):
@@ -361,7 +384,8 @@ class Trainer:
                 self._engine, self._data.eval_prompts, self._judge, sampling, state.step, config.eval.score
             )
             self._engine.sleep()
-            write_rollouts(self._run_dir, state.step, rows, kind="eval")
+            if distributed.is_main():
+                write_rollouts(self._run_dir, state.step, rows, kind="eval")
             state.scores[state.step] = metrics["eval/score"]
             self._console.note(f"held-out score after {state.step} steps: {metrics['eval/score']:.3f}")
         elif self._data.eval_answers is not None:
@@ -387,7 +411,9 @@ class Trainer:
 
     def _save(self) -> None:
         keep = self._config.checkpoint.save_total_limit
-        save_checkpoint(self._run_dir, self._lm, self._optimizer, self._state, keep=keep)
+        if distributed.is_main():
+            save_checkpoint(self._run_dir, self._lm, self._optimizer, self._state, keep=keep)
+        distributed.barrier()
 
     def _due(self, before: int, every: int) -> bool:
         """Whether a multiple of `every` was reached by the steps since `before`."""
