@@ -1,9 +1,10 @@
-"""The demo's learning curve on several seeds: held-out score before and after, and the reward of every step.
+"""Learning curves of an example on several seeds: held-out score before and after, and the reward of every step.
 
     python benchmarks/demo_seeds.py                     # runs seeds 0, 1, 2 of the demo one after the other
     python benchmarks/demo_seeds.py --collect RUN …     # only collects runs that were made before
 
-Writes `benchmarks/results/demo-cpu-DATE.json` and a plot beside it. Seconds are those of training steps alone.
+With `--example preferences_dpo --seeds 0` the same for another config of examples/; preference tuning has the held-out
+margin as its score. Writes `benchmarks/results/NAME-cpu-DATE.json` (NAME is demo for the demo) and a plot beside it. Seconds are those of training steps alone.
 """
 
 from __future__ import annotations
@@ -20,38 +21,41 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- demo-results -->", "<!-- /demo-results -->"
-COMMAND = "rl-train run examples/arithmetic.yaml seed=N"
+DEMO = "arithmetic"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--example", default=DEMO)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "demo-seeds")
     parser.add_argument("--collect", type=Path, nargs="+", help="run folders to collect instead of running")
     arguments = parser.parse_args()
-    runs = arguments.collect or [train(seed, arguments.output) for seed in arguments.seeds]
+    runs = arguments.collect or [train(arguments.example, seed, arguments.output) for seed in arguments.seeds]
     rows = [row_of(run) for run in runs]
+    name = "demo" if arguments.example == DEMO else arguments.example
     today = datetime.date.today().isoformat()
-    target = ROOT / "benchmarks" / "results" / f"demo-cpu-{today}.json"
+    target = ROOT / "benchmarks" / "results" / f"{name}-cpu-{today}.json"
     names = ("torch", "transformers", "peft", "tandem-rl")
     result = {
-        "bench": "demo_seeds",
+        "bench": name,
         "device": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
         "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}},
-        "command": COMMAND,
+        "command": f"rl-train run examples/{arguments.example}.yaml seed=N",
         "rows": rows,
     }
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     plot(rows, target.with_suffix(".png"))
-    write_readme(result, target)
+    if arguments.example == DEMO:
+        write_readme(result, target)
     for row in rows:
         print(f"seed {row['seed']}: {row['score_before']:.3f} -> {row['score_after']:.3f} in {row['seconds']:.0f} s")
     print(target)
 
 
-def train(seed: int, output: Path) -> Path:
+def train(example: str, seed: int, output: Path) -> Path:
     """Run one seed in a process of its own, as a user would; returns its run folder."""
-    command = [sys.executable, "-c", "from tandem.rl.cli import main; main()", "run", "examples/arithmetic.yaml"]
+    command = [sys.executable, "-c", "from tandem.rl.cli import main; main()", "run", f"examples/{example}.yaml"]
     subprocess.run([*command, f"seed={seed}", f"output_dir={output}", f"run_name=seed{seed}"], check=True, cwd=ROOT)
     return output / f"seed{seed}"
 
@@ -69,7 +73,7 @@ def row_of(run: Path) -> dict:
         "model": config["model"]["model_name_or_path"],
         "seed": config["seed"],
         **{key: summary[key] for key in keys},
-        "rewards": [line["reward"] for line in lines if "reward" in line],
+        "rewards": [line.get("reward", line.get("rewards/margins")) for line in lines if "step_time" in line],
     }
 
 
@@ -103,7 +107,7 @@ def plot(rows: list[dict], path: Path) -> None:
     for row in rows:
         label = f"seed {row['seed']}: held-out {row['score_before']:.2f} → {row['score_after']:.2f}"
         axes.plot(range(1, len(row["rewards"]) + 1), row["rewards"], label=label)
-    axes.set(xlabel="step", ylabel="mean reward of the batch (at most 1.2)", title="GRPO on the demo's sums")
+    axes.set(xlabel="step", ylabel="mean reward (or margin) of the batch")
     axes.legend()
     figure.savefig(path, dpi=110)
 
