@@ -1,10 +1,11 @@
 """Learning curves of an example on several seeds: held-out score before and after, and the reward of every step.
 
-    python benchmarks/demo_seeds.py                     # runs seeds 0, 1, 2 of the demo one after the other
-    python benchmarks/demo_seeds.py --collect RUN …     # only collects runs that were made before
+    python benchmarks/learning.py                     # runs seeds 0, 1, 2 of the demo one after the other
+    python benchmarks/learning.py --collect RUN …     # only collects runs that were made before
 
 With `--example preferences_dpo --seeds 0` the same for another config of examples/; preference tuning has the held-out
-margin as its score. Writes `benchmarks/results/NAME-cpu-DATE.json` (NAME is demo for the demo) and a plot beside it. Seconds are those of training steps alone.
+margin as its score. Writes `benchmarks/results/NAME-cpu-DATE.json` (NAME is demo for the demo) and a plot beside it.
+Seconds are those of training steps alone.
 """
 
 from __future__ import annotations
