@@ -33,6 +33,7 @@ class LanguageModel:
         device, dtype: where and in what type it computes.
         head: how logits follow from hidden states (scale and soft-cap; temperature is set by the caller).
         max_length: longest sequence in tokens.
+        fused: layers with a hand-written backward pass that packs go through, once attached (`rl.fused_layer`).
     """
 
     model: Any
@@ -41,6 +42,7 @@ class LanguageModel:
     dtype: torch.dtype
     head: HeadOptions
     max_length: int
+    fused: Any = None
 
     @property
     def causal_lm(self) -> Any:
@@ -66,6 +68,8 @@ class LanguageModel:
 
     def packed_hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, layout: PackLayout) -> torch.Tensor:
         """Last hidden states `[T, d]` of a pack `[T]`. Must run inside `packed()`."""
+        if self.fused is not None:
+            return self.fused.hidden(input_ids, position_ids, layout)
         out = self.backbone(
             input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, packed_layout=layout
         )

@@ -1,0 +1,81 @@
+"""Random checkpoints of real shapes: what a benchmark of time and memory needs when no hub is at hand.
+
+    python benchmarks/random_checkpoint.py qwen3-8b /tmp/qwen3-8b-nf4      # NF4 with double quantisation, on a GPU
+
+Weights are random, so nothing can be said of learning with them.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+SHAPES = {
+    "qwen3-8b": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "qwen3-32b": {
+        "vocab_size": 151936,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+}
+
+
+def main() -> None:
+    name, target = sys.argv[1], Path(sys.argv[2])
+    if (target / "config.json").is_file():
+        return
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        **SHAPES[name], max_position_embeddings=1 << 20, rope_theta=1e6, tie_word_embeddings=False, dtype="bfloat16"
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = Qwen3ForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        model.save_pretrained(folder, max_shard_size="4GB")
+        del model
+        torch.cuda.empty_cache()
+        nf4 = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        quantised = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, device_map={"": 0}, quantization_config=nf4
+        )
+    quantised.save_pretrained(target, max_shard_size="4GB")
+    tokenizer(config.vocab_size).save_pretrained(target)
+
+
+def tokenizer(vocab_size: int):
+    """A word-level tokenizer, which the peers' trainers want to see; the benchmark feeds token ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, vocab_size)}}
+    made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    return fast
+
+
+if __name__ == "__main__":
+    main()

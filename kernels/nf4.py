@@ -1,0 +1,201 @@
+"""NF4 weights back to bfloat16, float16 or float32 in one pass, bit for bit as bitsandbytes does it.
+
+Two weights share a byte, high nibble first. A block of consecutive weights has one float32 scale; with double
+quantisation the scales themselves are 8 bits: code2[absmax]·absmax2[block // 256] + offset.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tandem.kernels.reference import NF4_LEVELS, Impl, nested_absmax, nf4_into, picks_triton
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the twins answer where Triton does not exist
+    triton = None
+
+_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Packed bytes per program: 4096 weights.
+_TILE = 2048
+
+
+@dataclass(frozen=True)
+class NestedAbsmax:
+    """Scales in 8 bits (double quantisation).
+
+    Attributes:
+        absmax: `[blocks]` uint8. absmax2: `[ceil(blocks / blocksize2)]` float32. code2: `[256]` float32.
+        offset: one float32, on the same device, so that nobody waits for the device to read it.
+        blocksize2: scales that share an entry of absmax2.
+    """
+
+    absmax: torch.Tensor
+    absmax2: torch.Tensor
+    code2: torch.Tensor
+    offset: torch.Tensor
+    blocksize2: int = 256
+
+
+@dataclass(frozen=True)
+class Nf4State:
+    """All that a packed NF4 weight needs beside its bytes: scales, shape, weights per scale, type to return."""
+
+    absmax: torch.Tensor | NestedAbsmax
+    shape: tuple[int, ...]
+    blocksize: int = 64
+    dtype: torch.dtype = torch.bfloat16
+
+    def dequantize(
+        self, packed: torch.Tensor, out: torch.Tensor | None = None, *, impl: Impl | None = None
+    ) -> torch.Tensor:
+        """`dequantize_nf4` with these values."""
+        return dequantize_nf4(packed, self.absmax, self.shape, self.blocksize, out, self.dtype, impl=impl)
+
+
+def from_quant_state(state: Any) -> Nf4State:
+    """The same weight as bitsandbytes describes it; tensors are shared, not copied.
+
+    Args:
+        state: a `bitsandbytes.functional.QuantState`, or anything with its attributes.
+
+    Raises:
+        ValueError: another 4-bit type than NF4.
+    """
+    if state.quant_type != "nf4":
+        raise ValueError(f"quant_type={state.quant_type!r}: only nf4 can be read")
+    absmax: torch.Tensor | NestedAbsmax = state.absmax
+    inner = state.state2
+    if inner is not None:
+        offset = torch.as_tensor(state.offset, dtype=torch.float32, device=state.absmax.device)
+        absmax = NestedAbsmax(state.absmax, inner.absmax, inner.code, offset, inner.blocksize)
+    return Nf4State(absmax, tuple(state.shape), state.blocksize, state.dtype)
+
+
+def dequantize_nf4(
+    packed: torch.Tensor,
+    absmax: torch.Tensor | NestedAbsmax,
+    shape: Sequence[int],
+    blocksize: int = 64,
+    out: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    impl: Impl | None = None,
+) -> torch.Tensor:
+    """Unpack a weight.
+
+    Args:
+        packed: ceil(n / 2) bytes in any contiguous form (another storage type is read as bytes), n = prod(shape).
+        absmax: `[ceil(n / blocksize)]` float32, or `NestedAbsmax`. blocksize: weights per scale.
+        out: a contiguous buffer with room for n elements, reused from weight to weight; only the first n are written.
+        dtype: of the result. Default: that of `out`, else bfloat16.
+
+    Returns:
+        `[*shape]`, a view of `out` where it was given.
+
+    Raises:
+        ValueError: sizes or types that do not fit each other.
+    """
+    count = math.prod(shape)
+    dtype = dtype or (torch.bfloat16 if out is None else out.dtype)
+    packed = packed.contiguous().view(-1).view(torch.uint8)
+    _check(packed, absmax, count, blocksize, out, dtype)
+    buffer = torch.empty(count, dtype=dtype, device=packed.device) if out is None else out.view(-1)[:count]
+    if count and picks_triton(buffer, impl):
+        _dequantize_triton(packed, absmax, blocksize, buffer)
+    elif count:
+        if isinstance(absmax, NestedAbsmax):
+            scales = nested_absmax(absmax.absmax, absmax.absmax2, absmax.code2, absmax.offset, absmax.blocksize2)
+        else:
+            scales = absmax
+        nf4_into(buffer, packed[: (count + 1) // 2], scales.view(-1), blocksize)
+    return buffer.view(*shape)
+
+
+def _check(
+    packed: torch.Tensor,
+    absmax: torch.Tensor | NestedAbsmax,
+    count: int,
+    blocksize: int,
+    out: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    if blocksize not in _BLOCKSIZES:
+        raise ValueError(f"blocksize={blocksize} is none of {_BLOCKSIZES}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype} is none of {_DTYPES}")
+    if packed.numel() < (count + 1) // 2:
+        raise ValueError(f"{packed.numel()} bytes hold no {count} weights of 4 bits")
+    blocks = math.ceil(count / blocksize)
+    scales = absmax.absmax if isinstance(absmax, NestedAbsmax) else absmax
+    kind = torch.uint8 if isinstance(absmax, NestedAbsmax) else torch.float32
+    if scales.numel() < blocks or scales.dtype != kind or not scales.is_contiguous():
+        raise ValueError(f"absmax {tuple(scales.shape)} {scales.dtype}: {blocks} contiguous {kind} scales are needed")
+    if isinstance(absmax, NestedAbsmax):
+        # A power of two divides by a shift, and bitsandbytes knows no others.
+        if absmax.blocksize2 & (absmax.blocksize2 - 1) or absmax.absmax2.numel() * absmax.blocksize2 < blocks:
+            raise ValueError(
+                f"{absmax.absmax2.numel()} outer scales of {absmax.blocksize2} do not cover {blocks} blocks"
+            )
+        if absmax.code2.numel() != 256 or absmax.offset.numel() != 1:
+            raise ValueError(f"code2 has {absmax.code2.numel()} entries, offset {absmax.offset.numel()}: not 256 and 1")
+    if out is not None and (out.numel() < count or not out.is_contiguous() or out.dtype != dtype):
+        raise ValueError(f"out {tuple(out.shape)} {out.dtype}: a contiguous {dtype} buffer of {count} is needed")
+
+
+@functools.cache
+def _levels(device: torch.device) -> torch.Tensor:
+    return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
+
+
+def _dequantize_triton(
+    packed: torch.Tensor, absmax: torch.Tensor | NestedAbsmax, blocksize: int, out: torch.Tensor
+) -> None:
+    """Writes all of `out` `[n]`."""
+    blocks = max(_TILE // (blocksize // 2), 1)
+    levels = _levels(packed.device)
+    if isinstance(absmax, NestedAbsmax):
+        scales, outer, code, offset, size = (
+            absmax.absmax, absmax.absmax2, absmax.code2, absmax.offset, absmax.blocksize2
+        )  # fmt: skip
+    else:
+        scales, outer, code, offset, size = absmax, levels, levels, levels, 1
+    # Without fused multiply-add: bitsandbytes rounds the nested product before it adds the offset.
+    _dequantize_kernel[(triton.cdiv(out.numel(), blocks * blocksize),)](
+        packed, scales, outer, code, offset, levels, out, out.numel(), (out.numel() + 1) // 2,
+        NESTED=isinstance(absmax, NestedAbsmax), OUTER_SIZE=size, BLOCKS=blocks, BYTES=blocksize // 2,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+if triton is not None:
+
+    @triton.jit
+    def _dequantize_kernel(
+        packed, scales, outer, code, offset, levels, out, count, byte_count,
+        NESTED: tl.constexpr, OUTER_SIZE: tl.constexpr, BLOCKS: tl.constexpr, BYTES: tl.constexpr,
+    ):  # fmt: skip
+        # Weights of one embedding can pass 2³¹.
+        block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+        present = block * (2 * BYTES) < count
+        if NESTED:
+            level = tl.load(scales + block, mask=present, other=0).to(tl.int32)
+            scale = tl.load(code + level) * tl.load(outer + block // OUTER_SIZE, mask=present, other=0.0)
+            scale += tl.load(offset)
+        else:
+            scale = tl.load(scales + block, mask=present, other=0.0)
+        byte = block[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+        pair = tl.load(packed + byte, mask=byte < byte_count, other=0).to(tl.int32)
+        high = tl.load(levels + (pair >> 4)) * scale[:, None]
+        low = tl.load(levels + (pair & 15)) * scale[:, None]
+        both = tl.reshape(tl.join(high, low), (BLOCKS, 2 * BYTES)).to(out.dtype.element_ty)
+        place = block[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
+        tl.store(out + place, both, mask=place < count)

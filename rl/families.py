@@ -1,0 +1,324 @@
+"""Model families as data: where the parts of a decoder layer lie in Hugging Face's modules and how they compute.
+
+A family is one `LayerSpec` in `FAMILIES`, by `config.model_type`. `describe` binds it to a model; a model without a
+description runs through its own Hugging Face forward. Modules are read anew on every pass, so an adapter may be
+attached, switched off or exchanged at any time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from tandem.rl.errors import UserError, short
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A decoder layer: names of submodules, relative to the layer, and facts that are not in the modules.
+
+    Projections that share a name are stacked in one weight, in the order query, key, value or gate, up.
+
+    Attributes:
+        attention_norm, mlp_norm: before the two halves.
+        attention_post_norm, mlp_post_norm: on what a half adds to the residual stream; None: there is none.
+        query_norm, key_norm: over each head before the rotation; None: there is none.
+        unit_offset: the norms multiply by 1 + weight, before rounding to the compute type.
+        activation: the config's key for it.
+        window: where the sliding window stands: nowhere, in the config for all layers, or in each attention module.
+        softcap: the config's key for the soft-cap of attention scores; None: there is none.
+        rope_by_type: the rotary module wants the layer's type, for a base of its own.
+        never: config keys that must be false or zero, because what they switch on is not computed here.
+    """
+
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    output: str = "self_attn.o_proj"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    attention_norm: str = "input_layernorm"
+    attention_post_norm: str | None = None
+    mlp_norm: str = "post_attention_layernorm"
+    mlp_post_norm: str | None = None
+    query_norm: str | None = None
+    key_norm: str | None = None
+    unit_offset: bool = False
+    activation: str = "hidden_act"
+    window: Literal["none", "config", "module"] = "none"
+    softcap: str | None = None
+    rope_by_type: bool = False
+    never: tuple[str, ...] = ("attention_dropout",)
+
+
+_HEAD_NORMS: dict[str, Any] = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+_SANDWICH: dict[str, Any] = {
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+    "unit_offset": True,
+    "activation": "hidden_activation",
+    "window": "module",
+}
+
+FAMILIES: dict[str, LayerSpec] = {
+    "llama": LayerSpec(),
+    "mistral": LayerSpec(window="config"),
+    "qwen2": LayerSpec(window="module"),
+    "qwen3": LayerSpec(window="module", **_HEAD_NORMS),
+    "gemma2": LayerSpec(
+        **_SANDWICH, softcap="attn_logit_softcapping", never=("attention_dropout", "use_bidirectional_attention")
+    ),
+    "gemma3_text": LayerSpec(
+        **_SANDWICH, **_HEAD_NORMS, rope_by_type=True, never=("attention_dropout", "use_bidirectional_attention")
+    ),
+    "phi3": LayerSpec(
+        query="self_attn.qkv_proj",
+        key="self_attn.qkv_proj",
+        value="self_attn.qkv_proj",
+        gate="mlp.gate_up_proj",
+        up="mlp.gate_up_proj",
+        window="config",
+        never=("attention_dropout", "resid_pdrop", "embd_pdrop"),
+    ),
+}
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
+
+
+class Adapter(NamedTuple):
+    """LoRA's parameters: `a [r, in]`, `b [out, r]`, and the factor of `x·aᵀ·bᵀ`."""
+
+    a: torch.nn.Parameter
+    b: torch.nn.Parameter
+    scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A linear layer as it stands now: frozen base weight, bias, adapter."""
+
+    name: str
+    base: Any
+    adapter: Adapter | None
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base.bias
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """`[out, in]` in the compute type: the weight itself, or a temporary dequantised from 4 bits."""
+        weight = self.base.weight
+        if (state := getattr(weight, "quant_state", None)) is None:
+            return weight.detach().to(dtype)
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, state).to(dtype)
+
+
+class Part(NamedTuple):
+    """Output rows `[start, stop)` of a projection."""
+
+    projection: Projection
+    start: int
+    stop: int
+
+    def rows(self, start: int, stop: int) -> Part:
+        return Part(self.projection, self.start + start, self.start + stop)
+
+
+class Norm(NamedTuple):
+    """RMSNorm over the last dimension. With `unit_offset` the factor is 1 + weight."""
+
+    weight: torch.Tensor
+    eps: float
+    unit_offset: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One decoder layer, read: parts of projections, norms (None: absent), and the facts of its attention."""
+
+    query: Part
+    key: Part
+    value: Part
+    output: Part
+    gate: Part
+    up: Part
+    down: Part
+    attention_norm: Norm
+    attention_post_norm: Norm | None
+    mlp_norm: Norm
+    mlp_post_norm: Norm | None
+    query_norm: Norm | None
+    key_norm: Norm | None
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    activation: str
+    rope: str | None
+
+    @property
+    def projections(self) -> list[Projection]:
+        """Each once, in a fixed order."""
+        parts = (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
+        return list(dict.fromkeys(part.projection for part in parts))
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The adapters' a and b, projection by projection."""
+        return [p for one in self.projections if one.adapter for p in (one.adapter.a, one.adapter.b)]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A family bound to a model's body (`backbone`: embed_tokens, layers, norm, rotary_emb)."""
+
+    family: LayerSpec
+    backbone: Any
+
+    def layers(self) -> list[Layer]:
+        """The layers as they stand now.
+
+        Raises:
+            UserError: a projection has something beside plain LoRA without dropout.
+        """
+        count = self.backbone.config.num_hidden_layers
+        return [
+            _read(self.family, module, i, self.backbone.config) for i, module in enumerate(self.backbone.layers[:count])
+        ]
+
+    def final_norm(self) -> Norm:
+        return _norm(self.family, self.backbone, "norm")
+
+    def rope(
+        self, hidden: torch.Tensor, position_ids: torch.Tensor
+    ) -> dict[str | None, tuple[torch.Tensor, torch.Tensor]]:
+        """Cosines and sines `[T, rotary dimensions]`, float32 at least, by the layers' rope type."""
+        config, rotary = self.backbone.config, self.backbone.rotary_emb
+        # The module looks at type and device only; in bfloat16 the tables would lose what the angles carry.
+        like = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        kinds = sorted(set(config.layer_types)) if self.family.rope_by_type else [None]
+        tables = {}
+        for kind in kinds:
+            extra = () if kind is None else (kind,)
+            cos, sin = rotary(like, position_ids[None], *extra)
+            tables[kind] = (cos[0], sin[0])
+        return tables
+
+
+def describe(model: Any) -> ModelSpec | None:
+    """The description of a causal language model (peft's wrapper is looked through), or None where there is none."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = causal.config
+    family = FAMILIES.get(config.model_type)
+    if family is None or getattr(config, family.activation, None) not in ACTIVATIONS:
+        return None
+    if any(getattr(config, key, None) for key in family.never):
+        return None
+    return ModelSpec(family, causal.get_decoder())
+
+
+def _read(family: LayerSpec, module: Any, index: int, config: Any) -> Layer:
+    found = {name: _projection(module, name) for name in dict.fromkeys(_projection_names(family))}
+    attention = module.get_submodule(family.output.rpartition(".")[0])
+    head_dim = attention.head_dim
+    q, k = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    query, key, value = _stacked(found, [(family.query, q), (family.key, k), (family.value, k)])
+    gate, up = _stacked(found, [(family.gate, config.intermediate_size), (family.up, config.intermediate_size)])
+    (output,) = _stacked(found, [(family.output, config.hidden_size)])
+    (down,) = _stacked(found, [(family.down, config.hidden_size)])
+    window = {
+        "none": None,
+        "config": getattr(config, "sliding_window", None),
+        "module": getattr(attention, "sliding_window", None),
+    }[family.window]
+    return Layer(
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        gate=gate,
+        up=up,
+        down=down,
+        attention_norm=_norm(family, module, family.attention_norm),
+        attention_post_norm=_optional_norm(family, module, family.attention_post_norm),
+        mlp_norm=_norm(family, module, family.mlp_norm),
+        mlp_post_norm=_optional_norm(family, module, family.mlp_post_norm),
+        query_norm=_optional_norm(family, module, family.query_norm),
+        key_norm=_optional_norm(family, module, family.key_norm),
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        scale=attention.scaling,
+        window=window,
+        softcap=getattr(config, family.softcap) if family.softcap else None,
+        activation=getattr(config, family.activation),
+        rope=config.layer_types[index] if family.rope_by_type else None,
+    )
+
+
+def _projection_names(family: LayerSpec) -> list[str]:
+    return [family.query, family.key, family.value, family.output, family.gate, family.up, family.down]
+
+
+def _stacked(found: dict[str, Projection], sizes: list[tuple[str, int]]) -> list[Part]:
+    """Rows of each: those of one name follow each other."""
+    used: dict[str, int] = {}
+    parts = []
+    for name, size in sizes:
+        start = used.get(name, 0)
+        parts.append(Part(found[name], start, start + size))
+        used[name] = start + size
+    return parts
+
+
+def _norm(family: LayerSpec, module: Any, name: str) -> Norm:
+    norm = module.get_submodule(name)
+    eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    return Norm(norm.weight.detach(), eps, family.unit_offset)
+
+
+def _optional_norm(family: LayerSpec, module: Any, name: str | None) -> Norm | None:
+    return None if name is None else _norm(family, module, name)
+
+
+def _projection(layer: Any, name: str) -> Projection:
+    module = layer.get_submodule(name)
+    wrapped = hasattr(module, "lora_A")
+    base = module.get_base_layer() if wrapped else module
+    weight = base.weight
+    if not isinstance(base, torch.nn.Linear) or not (
+        weight.is_floating_point() or getattr(weight, "quant_state", None) is not None
+    ):
+        raise _not_fused(
+            name, f"is a {type(base).__name__} with a {weight.dtype} weight", "4-bit or unquantised weights"
+        )
+    return Projection(name, base, _adapter(module, name) if wrapped else None)
+
+
+def _adapter(module: Any, name: str) -> Adapter | None:
+    if module.merged:
+        raise _not_fused(name, "has its adapter merged into the base weight", "an unmerged adapter")
+    active = [key for key in module.active_adapters if key in module.lora_A]
+    if module.disable_adapters or not active:
+        return None
+    if len(active) > 1:
+        raise _not_fused(name, f"has several active adapters, {short(active)}", "one adapter")
+    key = active[0]
+    if (rate := getattr(module.lora_dropout[key], "p", 0.0)) != 0:
+        raise _not_fused(name, f"has lora_dropout {rate}", "lora.lora_dropout=0")
+    if key in getattr(module, "lora_variant", {}) or module.lora_B[key].bias is not None:
+        raise _not_fused(name, "has a variant of LoRA or a bias in its adapter", "plain LoRA")
+    return Adapter(module.lora_A[key].weight, module.lora_B[key].weight, float(module.scaling[key]))
+
+
+def _not_fused(name: str, what: str, fix: str) -> UserError:
+    return UserError(
+        f"{name} {what}",
+        reason="the fused layers do not compute that",
+        fix=f"use {fix}, or switch the fused layers off",
+    )

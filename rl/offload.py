@@ -1,0 +1,170 @@
+"""Where a layer's input waits for the backward pass: in place, or in host memory that is allocated once.
+
+Host memory is a pool of equal blocks, pinned where there is a GPU. Pinning is slow (seconds per 8 GiB), so blocks are
+never given back to the system: a pass takes free ones, the pool grows when there are none, and the backward pass frees
+them. Copies run on their own stream, out while the layer computes, back one layer ahead of the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# A power of two, because torch's pinned allocator rounds up to one; small, because a tensor's last block is part empty.
+BLOCK_BYTES = 16 << 20
+
+
+class Stored:
+    """Tensors of one layer between its forward and its backward pass."""
+
+    def take(self) -> list[torch.Tensor]:
+        """The tensors, on their device, in the order they were put. Once only."""
+        raise NotImplementedError
+
+
+class Store:
+    """Keeps tensors where they are."""
+
+    def begin(self) -> None:
+        """A new forward pass starts."""
+
+    def put(self, tensors: list[torch.Tensor]) -> Stored:
+        """Keep `tensors`; the caller must not write to them any more."""
+        return _Kept(tensors)
+
+
+class _Kept(Stored):
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._tensors: list[torch.Tensor] | None = tensors
+
+    def take(self) -> list[torch.Tensor]:
+        assert self._tensors is not None, "taken twice"
+        tensors, self._tensors = self._tensors, None
+        return tensors
+
+
+class BlockPool:
+    """Host blocks of `block_bytes`; `allocated` counts all that were ever made, `free` those that nobody holds."""
+
+    def __init__(self, *, pinned: bool, block_bytes: int = BLOCK_BYTES) -> None:
+        self.pinned, self.block_bytes = pinned, block_bytes
+        self.allocated = 0
+        self._free: list[torch.Tensor] = []
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def acquire(self, count: int) -> list[torch.Tensor]:
+        while len(self._free) < count:
+            self._free.append(torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=self.pinned))
+            self.allocated += 1
+        blocks, self._free = self._free[:count], self._free[count:]
+        return blocks
+
+    def release(self, blocks: list[torch.Tensor]) -> None:
+        self._free += blocks
+
+
+class HostStore(Store):
+    """Keeps tensors in host memory.
+
+    The tensors of the latest `put` stay on the device too, since the backward pass wants them first; those of the put
+    before are let go of once their copy is done. Works on a CPU as well, copying at once, which is of use in tests.
+
+    Args:
+        device: where the tensors live. block_bytes: size of the pool's blocks.
+    """
+
+    def __init__(self, device: torch.device, *, block_bytes: int = BLOCK_BYTES) -> None:
+        self.pool = BlockPool(pinned=device.type == "cuda", block_bytes=block_bytes)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._latest: _Offloaded | None = None
+
+    def begin(self) -> None:
+        self._latest = None
+
+    def put(self, tensors: list[torch.Tensor]) -> Stored:
+        if self._latest is not None:
+            self._latest.leave_device()
+        self._latest = _Offloaded(self, tensors, self._latest)
+        return self._latest
+
+
+class _Offloaded(Stored):
+    """A link of the chain of one forward pass; `_before` is the layer whose backward pass comes next."""
+
+    def __init__(self, store: HostStore, tensors: list[torch.Tensor], before: _Offloaded | None) -> None:
+        self._pool, self._stream, self._before = store.pool, store.stream, before
+        self._shapes = [(t.shape, t.dtype, t.device) for t in tensors]
+        self._blocks: list[list[torch.Tensor]] = []
+        self._present: list[torch.Tensor] | None = [t.contiguous() for t in tensors]
+        self._done: Any = None
+        self._taken = False
+        self._copy(out=True)
+
+    def take(self) -> list[torch.Tensor]:
+        assert not self._taken, "taken twice"
+        self._taken = True
+        self.fetch()
+        if self._done is not None:
+            torch.cuda.current_stream(self._shapes[0][2]).wait_event(self._done)
+        tensors, self._present = self._present, None
+        assert tensors is not None
+        self._release()
+        if self._before is not None and not self._before._taken:
+            self._before.fetch()
+        self._before = None
+        return tensors
+
+    def leave_device(self) -> None:
+        """Let go of the device tensors; whatever reuses their memory on the compute stream waits for the copy."""
+        if self._done is not None:
+            torch.cuda.current_stream(self._shapes[0][2]).wait_event(self._done)
+        if not self._taken:
+            self._present = None
+
+    def fetch(self) -> None:
+        """Start the copy back, unless the tensors are on the device."""
+        if self._present is None:
+            self._present = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self._shapes]
+            self._copy(out=False)
+
+    def _copy(self, *, out: bool) -> None:
+        assert self._present is not None
+        if self._stream is None:
+            self._copy_blocks(self._present, out=out)
+            return
+        # What is copied is written by work that the compute stream already has, and so is what the target held before.
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            self._copy_blocks(self._present, out=out)
+            self._done = self._stream.record_event()
+
+    def _copy_blocks(self, tensors: list[torch.Tensor], *, out: bool) -> None:
+        size = self._pool.block_bytes
+        for i, tensor in enumerate(tensors):
+            flat = tensor.view(-1).view(torch.uint8)
+            if out:
+                self._blocks.append(self._pool.acquire(-(-flat.numel() // size)))
+            for j, block in enumerate(self._blocks[i]):
+                piece = flat[j * size : (j + 1) * size]
+                host = block[: piece.numel()]
+                if out:
+                    host.copy_(piece, non_blocking=True)
+                else:
+                    piece.copy_(host, non_blocking=True)
+
+    def _release(self) -> None:
+        # The copy stream keeps order, so a later copy into these blocks comes after this one out of them.
+        for blocks in self._blocks:
+            self._pool.release(blocks)
+        self._blocks = []
+
+    def __del__(self) -> None:
+        # A graph that is dropped without a backward pass gives its blocks back too, and no copy may still be writing
+        # when its device memory goes to somebody else.
+        if self._present is not None and self._done is not None and not self._taken:
+            torch.cuda.current_stream(self._shapes[0][2]).wait_event(self._done)
+        self._release()
