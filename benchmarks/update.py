@@ -4,8 +4,8 @@
     python benchmarks/update.py /tmp/qwen3-8b-nf4 --systems tandem trl unsloth --lengths 8192 32768 --cap-gib 23
 
 Every system runs in a process of its own, with the same NF4 base, rank 32 on all seven projections, bfloat16 and one
-sequence of `length` tokens (64 of them prompt). `--cap-gib` limits the allocator, as a consumer card would. Each length
-runs twice and the faster counts. Writes `benchmarks/results/update-DEVICE-DATE.json`.
+sequence of `length` tokens (64 of them prompt). `--cap-gib` limits the allocator, as a consumer card would. The fastest of
+`--repeats` runs counts. Writes `benchmarks/results/update-DEVICE-DATE.json`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--cap-gib", type=float, default=0.0, help="0: no cap")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--attention", default="keep", help="tandem: keep, recompute or offload")
     parser.add_argument("--groups", type=int, default=None, help="tandem: attention by so many KV-head groups")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--timeout", type=float, default=500.0, help="seconds for one system")
@@ -98,7 +100,7 @@ def work(system: str, arguments: argparse.Namespace) -> None:
     for length in arguments.lengths:
         ids = torch.randint(10, 150_000, (length,), generator=torch.Generator().manual_seed(length)).tolist()
         try:
-            values = measure(step, ids, parameters)
+            values = measure(step, ids, parameters, arguments.repeats)
         except torch.OutOfMemoryError as error:
             values = {"error": f"out of memory: {str(error)[:160]}"}
         print("ROW " + json.dumps(row(system, arguments, length, **values)), flush=True)
@@ -108,12 +110,12 @@ def work(system: str, arguments: argparse.Namespace) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(step: Callable[[list[int]], None], ids: list[int], parameters: list[Any]) -> dict[str, float]:
+def measure(step: Callable[[list[int]], None], ids: list[int], parameters: list[Any], repeats: int) -> dict[str, float]:
     import torch
 
     seconds = []
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):
+    for _ in range(repeats):
         for p in parameters:
             p.grad = None
         torch.cuda.synchronize()
@@ -150,7 +152,7 @@ def tandem(system: str, arguments: argparse.Namespace) -> tuple[Callable[[list[i
     if system == "tandem":
         from tandem.rl.fused_layer import FusedLayers, Plan
 
-        FusedLayers(Plan(groups=arguments.groups)).attach(lm)
+        FusedLayers(Plan(groups=arguments.groups, attention=arguments.attention)).attach(lm)
     else:
         lm.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     head = with_sampling(lm.head, temperature=1.0, top_k=0, top_p=1.0, chunk_size=512)

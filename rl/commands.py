@@ -18,6 +18,7 @@ from tandem.rl.console import Console
 from tandem.rl.errors import UserError
 from tandem.rl.evaluate import eval_sampling, evaluate, training_sampling
 from tandem.rl.experience import policy_batch, with_advantages
+from tandem.rl.fused_layer import FusedLayers, Plan
 from tandem.rl.inputs import Inputs, prepare
 from tandem.rl.journal import drop_after, write_rollouts
 from tandem.rl.lora import attach_lora, load_adapter, trainable
@@ -88,7 +89,7 @@ def evaluate_run(config: Config, run_dir: Path | None, *, console: Console) -> d
             fix="evaluate with a config whose rewards section says what is good",
         )
     inputs = prepare(config, console)
-    lm, engine, stop = _open_model(config, inputs)
+    lm, engine, stop = _open_model(config, inputs, console)
     if run_dir:
         load_adapter(lm, _adapter_folder(run_dir))
     step = read_state(c).step if run_dir and (c := latest_checkpoint(run_dir)) else 0
@@ -111,7 +112,7 @@ def check(config: Config, *, num_prompts: int, console: Console) -> None:
     if not config.uses_rollouts:
         _show_plan(config, inputs, console)
         return
-    lm, engine, stop = _open_model(config, inputs)
+    lm, engine, stop = _open_model(config, inputs, console)
     prompts = inputs.data.prompts[:num_prompts]
     started = time.perf_counter()
     groups = engine.generate(prompts, training_sampling(config, stop, config.seed))
@@ -160,7 +161,7 @@ def _train(
     import torch
 
     torch.manual_seed(config.seed)  # dropout draws from it; a resumed run gets its own state back below
-    lm, engine, stop = _open_model(config, inputs)
+    lm, engine, stop = _open_model(config, inputs, console)
     optimizer = make_optimizer(trainable(lm), config.optim)
     if checkpoint:
         restore(checkpoint, lm, optimizer)
@@ -206,15 +207,17 @@ def _trackers(config: Config, run_dir: Path, resume_step: int | None, console: C
     return Trackers(config, run_dir, resume_step=resume_step, warn=console.warn)
 
 
-def _open_model(config: Config, inputs: Inputs) -> tuple[LanguageModel, TransformersEngine, tuple[int, ...]]:
+def _open_model(
+    config: Config, inputs: Inputs, console: Console
+) -> tuple[LanguageModel, TransformersEngine, tuple[int, ...]]:
     from tandem.rl.chat import stop_token_ids
 
     lm = load_model(config.model, inputs.tokenizer)
     attach_lora(lm, config.lora, seed=config.seed)
-    if config.train.gradient_checkpointing or (
-        config.train.gradient_checkpointing is None and lm.device.type == "cuda"
-    ):
-        lm.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if not _attach_fused_layers(lm, config, console):
+        wanted = config.train.gradient_checkpointing
+        if wanted or (wanted is None and lm.device.type == "cuda"):
+            lm.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     stop = stop_token_ids(lm.tokenizer, lm.causal_lm.generation_config, config.rollout.stop_token_ids)
     return lm, TransformersEngine(lm, max_in_flight=config.rollout.max_in_flight), stop
 
@@ -228,6 +231,22 @@ def _with_free_folder(config: Config, console: Console) -> Config:
     if number > 1:
         console.note(f"{config.run_dir} exists, so this run is named {name}")
     return config.model_copy(update={"run_name": name})
+
+
+def _attach_fused_layers(lm: LanguageModel, config: Config, console: Console) -> bool:
+    """Whether packs go through the fused layers. Where they cannot and were not asked for, the reason is said once."""
+    train = config.train
+    if train.fused_layers is False or (train.fused_layers is None and lm.device.type != "cuda"):
+        return False
+    plan = Plan(tile_rows=train.mlp_tile_rows, groups=train.kv_head_groups, attention=train.attention_memory)
+    try:
+        FusedLayers(plan, offload=train.offload_activations).attach(lm)
+    except UserError as error:
+        if train.fused_layers:
+            raise
+        console.warn(f"training through the model's own forward, which needs several times the memory: {error.problem}")
+        return False
+    return True
 
 
 def _adapter_folder(run_dir: Path) -> Path:

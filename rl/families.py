@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from tandem.kernels.nf4 import from_quant_state
 from tandem.rl.errors import UserError, short
 
 
@@ -113,9 +114,7 @@ class Projection:
         weight = self.base.weight
         if (state := getattr(weight, "quant_state", None)) is None:
             return weight.detach().to(dtype)
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, state).to(dtype)
+        return from_quant_state(state).dequantize(weight.data).to(dtype)
 
 
 class Part(NamedTuple):

@@ -286,7 +286,7 @@ class _LayerRun:
         dx = linear_backward(d_gate, x, layer.gate, weights, grads)
         linear_backward(d_up, x, layer.up, weights, grads, into=dx)
         del d_gate, d_up
-        grad += rms_norm_backward(dx, middle, layer.mlp_norm)
+        rms_norm_backward(dx, middle, layer.mlp_norm, into=grad)
         d_projected = grad
         if layer.attention_post_norm is not None:
             d_projected = rms_norm_backward(grad, projected, layer.attention_post_norm)
@@ -315,7 +315,7 @@ class _LayerRun:
             for d_part, part in parts:
                 dx = linear_backward(d_part, x[t], part, weights, grads, into=dx)
             assert dx is not None
-            grad[t] += rms_norm_backward(dx, h[t], layer.attention_norm)
+            rms_norm_backward(dx, h[t], layer.attention_norm, into=grad[t])
 
     def _columns(self, g: int) -> tuple[slice, slice]:
         q, k = self.q_width, self.kv_width

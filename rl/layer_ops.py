@@ -1,7 +1,4 @@
-"""The operations of a decoder layer with their derivatives, in plain torch: linear with LoRA, RMSNorm, RoPE, gate.
-
-Statistics, rotation and gate are computed in float32 at least and rounded to the type of the input.
-"""
+"""The operations of a decoder layer with their derivatives: linear with LoRA, and the kernels on a family's terms."""
 
 from __future__ import annotations
 
@@ -10,7 +7,12 @@ import math
 import torch
 import torch.nn.functional as F
 
+from tandem.kernels import glu as kernels_glu
+from tandem.kernels import rms_norm as kernels_norm
+from tandem.kernels.rope import rope_
 from tandem.rl.families import Norm, Part, Projection
+
+_KINDS: dict[str, kernels_glu.Kind] = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh"}
 
 
 class Weights:
@@ -116,27 +118,17 @@ def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() @ b.float()
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """`x / rms(x)` times the factor over the last dimension, rounded where Hugging Face's module rounds."""
-    wide = _wide(x)
-    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
-    if norm.unit_offset:
-        return (unit * (1 + norm.weight.to(wide.dtype))).to(x.dtype)
-    return norm.weight.to(x.dtype) * unit.to(x.dtype)
+    return kernels_norm.rms_norm(x, norm.weight.detach(), norm.eps, offset=float(norm.unit_offset))[0]
 
 
-def rms_norm_backward(dy: torch.Tensor, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """`dx = (g − x̂·mean(g·x̂)) / rms(x)`, where x̂ is the normed row and g = dy times the factor."""
-    wide = _wide(x)
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
-    unit = wide * inverse
-    factor = norm.weight.to(wide.dtype)
-    g = dy.to(wide.dtype) * (1 + factor if norm.unit_offset else factor)
-    return ((g - unit * (g * unit).mean(-1, keepdim=True)) * inverse).to(x.dtype)
+def rms_norm_backward(
+    dy: torch.Tensor, x: torch.Tensor, norm: Norm, *, into: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The gradient of `x`, added to `into` where that is given."""
+    weight, offset = norm.weight.detach(), float(norm.unit_offset)
+    return kernels_norm.rms_norm_backward(dy, x, weight, norm.eps, offset=offset, into=into)
 
 
 def maybe_norm(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
@@ -151,53 +143,36 @@ def normed(h: torch.Tensor, norm: Norm, tile_rows: int) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE on `[T, heads, D]` by tables `[T, R]`; dimensions from R on pass (partial rotation)."""
-    width = cos.shape[-1]
-    head = x[..., :width].to(cos.dtype)
-    turned = (head * cos[:, None] + _half_turn(head) * sin[:, None]).to(x.dtype)
-    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
+    """RoPE in place on `[T, heads, D]` by tables `[T, R]`; dimensions from R on pass (partial rotation)."""
+    return rope_(x, cos, sin, rotary_dim=cos.shape[-1])
 
 
 def rotate_backward(dy: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The transposed rotation."""
-    width = cos.shape[-1]
-    head = dy[..., :width].to(cos.dtype)
-    turned = (head * cos[:, None] - _half_turn(head * sin[:, None])).to(dy.dtype)
-    return turned if width == dy.shape[-1] else torch.cat([turned, dy[..., width:]], -1)
-
-
-def _half_turn(x: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, -1)
-    return torch.cat([-second, first], -1)
+    """The transposed rotation, in place."""
+    return rope_(dy, cos, sin, inverse=True, rotary_dim=cos.shape[-1])
 
 
 def glu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """`act(gate)·up`."""
-    return (_act(_wide(gate), activation) * up).to(gate.dtype)
+    if activation == "gelu":  # the exact one, which no family of weight uses: no kernel of its own
+        return (F.gelu(_wide(gate)) * up).to(gate.dtype)
+    return kernels_glu.glu(gate, up, _KINDS[activation])
 
 
 def glu_backward(
     dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up."""
-    wide = _wide(gate)
-    d_up = (dy * _act(wide, activation)).to(up.dtype)
-    return (dy * _act_slope(wide, activation).mul_(up)).to(gate.dtype), d_up
+    """Gradients of gate and up, written over the two."""
+    if activation == "gelu":
+        x = _wide(gate)
+        slope = 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        return (dy * slope * up).to(gate.dtype), (dy * F.gelu(x)).to(up.dtype)
+    kernels_glu.glu_backward_(dy, gate, up, _KINDS[activation])
+    return gate, up
 
 
-def _act(x: torch.Tensor, name: str) -> torch.Tensor:
-    return F.silu(x) if name == "silu" else F.gelu(x, approximate="tanh" if name == "gelu_pytorch_tanh" else "none")
-
-
-def _act_slope(x: torch.Tensor, name: str) -> torch.Tensor:
-    if name == "silu":
-        s = torch.sigmoid(x)
-        return s * (1 + x * (1 - s))
-    if name == "gelu":
-        return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    root, cubic = math.sqrt(2 / math.pi), 0.044715
-    t = torch.tanh(root * (x + cubic * x**3))
-    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * root * (1 + 3 * cubic * x * x)
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def tiles(rows: int, size: int) -> list[slice]:

@@ -279,7 +279,18 @@ class TrainConfig(Section):
     logprob_chunk_size: Positive = 1024
     """Rows of logits that exist at a time; [rows × vocabulary] is the only logits buffer."""
     gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass; None: on for a GPU, off for a CPU."""
+    """Recompute activations in the backward pass of the model's own forward; None: on for a GPU, off for a CPU."""
+    fused_layers: bool | None = None
+    """Run packs through layers with a hand-written backward pass, which need a fraction of the memory; None: on a GPU,
+    where the model's family is described."""
+    offload_activations: bool | None = None
+    """Fused layers: keep layer inputs in host memory until the backward pass; None: on a GPU."""
+    mlp_tile_rows: Positive = 4096
+    """Fused layers: rows that pass the MLP at a time."""
+    kv_head_groups: Positive | None = None
+    """Fused layers: parts in which attention's KV heads are run; None: 1, all of them apart from 32,768 tokens on."""
+    attention_memory: Literal["keep", "recompute", "offload"] = "keep"
+    """Fused layers: what the backward pass does for attention's output; recompute needs the least memory."""
 
 
 class OptimConfig(Section):
