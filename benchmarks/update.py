@@ -4,8 +4,8 @@
     python benchmarks/update.py /tmp/qwen3-8b-nf4 --systems tandem trl unsloth --lengths 8192 32768 --cap-gib 23
 
 Every system runs in a process of its own, with the same NF4 base, rank 32 on all seven projections, bfloat16 and one
-sequence of `length` tokens (64 of them prompt). `--cap-gib` limits the allocator, as a consumer card would. The fastest of
-`--repeats` runs counts. Writes `benchmarks/results/update-DEVICE-DATE.json`.
+sequence of `length` tokens (64 of them prompt). `--cap-gib` limits the allocator, as a consumer card would.
+The fastest of `--repeats` runs counts. Writes `benchmarks/results/update-DEVICE-DATE.json`.
 """
 
 from __future__ import annotations

@@ -240,7 +240,9 @@ def test_one_sequence_alone():
 
 FAULTS = {
     "rotate_backward": lambda dy, cos, sin: layer_ops.rotate(dy, cos, sin),
-    "rms_norm_backward": lambda dy, x, norm: dy * norm.weight,
+    "rms_norm_backward": lambda dy, x, norm, into=None: (torch.zeros_like(dy) if into is None else into).add_(
+        dy * norm.weight
+    ),
     "glu_backward": lambda dy, gate, up, act: (dy * up, dy * layer_ops.glu(gate, torch.ones_like(gate), act)),
     "adapter_backward": lambda dy, x, part, weights, grads: None,
 }
