@@ -3,9 +3,13 @@
     python benchmarks/learning.py                     # runs seeds 0, 1, 2 of the demo one after the other
     python benchmarks/learning.py --collect RUN …     # only collects runs that were made before
 
+On a GPU, and with two ways to compute, three runs at a time:
+
+    python benchmarks/learning.py --variant tandem= --variant tandem-plain=train.fused_layers=false --parallel 3
+
 With `--example preferences_dpo --seeds 0` the same for another config of examples/; preference tuning has the held-out
-margin as its score. Writes `benchmarks/results/NAME-cpu-DATE.json` (NAME is demo for the demo) and a plot beside it.
-Seconds are those of training steps alone.
+margin as its score. Writes `benchmarks/results/NAME-DEVICE-DATE.json` (NAME is demo for the demo) and a plot beside it.
+Seconds are those of training steps alone; runs that share the machine slow each other down.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import os
 import platform
 import subprocess
 import sys
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -30,35 +35,65 @@ def main() -> None:
     parser.add_argument("--example", default=DEMO)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "demo-seeds")
+    parser.add_argument("--variant", action="append", metavar="NAME=[KEY=VALUE,…]", help="a name and config overrides")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--collect", type=Path, nargs="+", help="run folders to collect instead of running")
     arguments = parser.parse_args()
-    runs = arguments.collect or [train(arguments.example, seed, arguments.output) for seed in arguments.seeds]
-    rows = [row_of(run) for run in runs]
+    if arguments.collect:
+        runs = [("tandem", run) for run in arguments.collect]
+    else:
+        variants = [variant.partition("=")[::2] for variant in arguments.variant or ["tandem="]]
+        jobs = [(name, options, seed) for name, options in variants for seed in arguments.seeds]
+        with ThreadPool(arguments.parallel) as pool:
+            runs = pool.starmap(lambda *job: (job[0], train(arguments.example, *job, arguments.output)), jobs)
+    rows = [{"system": name} | row_of(run) for name, run in runs]
     name = "demo" if arguments.example == DEMO else arguments.example
-    today = datetime.date.today().isoformat()
-    target = ROOT / "benchmarks" / "results" / f"{name}-cpu-{today}.json"
+    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    short, device = device_names()
+    target = arguments.results / f"{name}-{short}-{today}.json"
     names = ("torch", "transformers", "peft", "tandem-rl")
     result = {
         "bench": name,
-        "device": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
-        "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}},
-        "command": f"rl-train run examples/{arguments.example}.yaml seed=N",
+        "device": device,
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in names}},
+        "command": "python benchmarks/learning.py " + " ".join(sys.argv[1:]),
         "rows": rows,
     }
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     plot(rows, target.with_suffix(".png"))
-    if arguments.example == DEMO:
+    if arguments.example == DEMO and short == "cpu":
         write_readme(result, target)
     for row in rows:
-        print(f"seed {row['seed']}: {row['score_before']:.3f} -> {row['score_after']:.3f} in {row['seconds']:.0f} s")
+        gain = f"{row['score_before']:.3f} -> {row['score_after']:.3f}"
+        print(f"{row['system']} seed {row['seed']}: {gain} in {row['seconds']:.0f} s")
     print(target)
 
 
-def train(example: str, seed: int, output: Path) -> Path:
+def device_names() -> tuple[str, str]:
+    """Short, for a file's name, and in words."""
+    import torch
+
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        return name.split()[1].lower(), name
+    return "cpu", f"CPU, {os.cpu_count()} cores, {platform.machine()}"
+
+
+def version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def train(example: str, system: str, options: str, seed: int, output: Path) -> Path:
     """Run one seed in a process of its own, as a user would; returns its run folder."""
+    run = f"{system}-seed{seed}"
     command = [sys.executable, "-c", "from tandem.rl.cli import main; main()", "run", f"examples/{example}.yaml"]
-    subprocess.run([*command, f"seed={seed}", f"output_dir={output}", f"run_name=seed{seed}"], check=True, cwd=ROOT)
-    return output / f"seed{seed}"
+    overrides = [f"seed={seed}", f"output_dir={output}", f"run_name={run}", *filter(None, options.split(","))]
+    subprocess.run([*command, *overrides], check=True, cwd=ROOT)
+    return output / run
 
 
 def row_of(run: Path) -> dict:
@@ -70,7 +105,6 @@ def row_of(run: Path) -> dict:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     keys = ("score_before", "score_after", "steps", "seconds", "tokens_per_second", "num_tokens")
     return {
-        "system": "tandem",
         "model": config["model"]["model_name_or_path"],
         "seed": config["seed"],
         **{key: summary[key] for key in keys},
@@ -106,7 +140,8 @@ def plot(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.add_subplot()
     for row in rows:
-        label = f"seed {row['seed']}: held-out {row['score_before']:.2f} → {row['score_after']:.2f}"
+        gain = f"held-out {row['score_before']:.2f} → {row['score_after']:.2f}"
+        label = f"{row.get('system', 'tandem')}, seed {row['seed']}: {gain}"
         axes.plot(range(1, len(row["rewards"]) + 1), row["rewards"], label=label)
     axes.set(xlabel="step", ylabel="mean reward (or margin) of the batch")
     axes.legend()

@@ -1,13 +1,14 @@
 """Random checkpoints of real shapes: what a benchmark of time and memory needs when no hub is at hand.
 
     python benchmarks/random_checkpoint.py qwen3-8b /tmp/qwen3-8b-nf4      # NF4 with double quantisation, on a GPU
+    python benchmarks/random_checkpoint.py qwen3-8b /tmp/qwen3-8b --dtype bf16 --layers 12
 
 Weights are random, so nothing can be said of learning with them.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -34,19 +35,32 @@ SHAPES = {
 
 
 def main() -> None:
-    name, target = sys.argv[1], Path(sys.argv[2])
-    if (target / "config.json").is_file():
-        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--dtype", choices=["nf4", "bf16"], default="nf4")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    arguments = parser.parse_args()
+    if not (arguments.target / "config.json").is_file():
+        make(arguments.shape, arguments.target, arguments.dtype, arguments.layers)
+
+
+def make(shape: str, target: Path, dtype: str, layers: int | None) -> None:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
 
+    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
     config = Qwen3Config(
-        **SHAPES[name], max_position_embeddings=1 << 20, rope_theta=1e6, tie_word_embeddings=False, dtype="bfloat16"
+        **sizes, max_position_embeddings=1 << 20, rope_theta=1e6, tie_word_embeddings=False, dtype="bfloat16"
     )
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = Qwen3ForCausalLM(config)
     torch.set_default_dtype(torch.float32)
+    tokenizer(config.vocab_size).save_pretrained(target)
+    if dtype == "bf16":
+        model.save_pretrained(target, max_shard_size="4GB")
+        return
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         model.save_pretrained(folder, max_shard_size="4GB")
         del model
@@ -61,7 +75,6 @@ def main() -> None:
             folder, dtype=torch.bfloat16, device_map={"": 0}, quantization_config=nf4
         )
     quantised.save_pretrained(target, max_shard_size="4GB")
-    tokenizer(config.vocab_size).save_pretrained(target)
 
 
 def tokenizer(vocab_size: int):

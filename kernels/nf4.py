@@ -23,7 +23,7 @@ except ImportError:  # the twins answer where Triton does not exist
     triton = None
 
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Packed bytes per program: 4096 weights.
 _TILE = 2048
 
@@ -95,7 +95,8 @@ def dequantize_nf4(
     Args:
         packed: ceil(n / 2) bytes in any contiguous form (another storage type is read as bytes), n = prod(shape).
         absmax: `[ceil(n / blocksize)]` float32, or `NestedAbsmax`. blocksize: weights per scale.
-        out: a contiguous buffer with room for n elements, reused from weight to weight; only the first n are written.
+        out: a contiguous buffer with room for n elements, reused from weight to weight, of which only the first n are
+            written; or a matrix `[*shape]` that is a part of a wider buffer, with unit stride along its rows.
         dtype: of the result. Default: that of `out`, else bfloat16.
 
     Returns:
@@ -107,10 +108,12 @@ def dequantize_nf4(
     count = math.prod(shape)
     dtype = dtype or (torch.bfloat16 if out is None else out.dtype)
     packed = packed.contiguous().view(-1).view(torch.uint8)
-    _check(packed, absmax, count, blocksize, out, dtype)
+    _check(packed, absmax, tuple(shape), blocksize, out, dtype)
+    if out is not None and not out.is_contiguous():
+        return _dequantize_into_rows(packed, absmax, blocksize, out, impl)
     buffer = torch.empty(count, dtype=dtype, device=packed.device) if out is None else out.view(-1)[:count]
     if count and picks_triton(buffer, impl):
-        _dequantize_triton(packed, absmax, blocksize, buffer)
+        _dequantize_triton(packed, absmax, blocksize, buffer, width=count, row_stride=count)
     elif count:
         if isinstance(absmax, NestedAbsmax):
             scales = nested_absmax(absmax.absmax, absmax.absmax2, absmax.code2, absmax.offset, absmax.blocksize2)
@@ -120,18 +123,30 @@ def dequantize_nf4(
     return buffer.view(*shape)
 
 
+def _dequantize_into_rows(
+    packed: torch.Tensor, absmax: torch.Tensor | NestedAbsmax, blocksize: int, out: torch.Tensor, impl: Impl | None
+) -> torch.Tensor:
+    height, width = out.shape
+    # A block that crosses the end of a row would be written in two places.
+    if height and picks_triton(out, impl) and width % blocksize == 0:
+        _dequantize_triton(packed, absmax, blocksize, out, width=width, row_stride=out.stride(0))
+        return out
+    return out.copy_(dequantize_nf4(packed, absmax, out.shape, blocksize, dtype=out.dtype, impl=impl))
+
+
 def _check(
     packed: torch.Tensor,
     absmax: torch.Tensor | NestedAbsmax,
-    count: int,
+    shape: tuple[int, ...],
     blocksize: int,
     out: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> None:
+    count = math.prod(shape)
     if blocksize not in _BLOCKSIZES:
         raise ValueError(f"blocksize={blocksize} is none of {_BLOCKSIZES}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype={dtype} is none of {_DTYPES}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} is none of {DTYPES}")
     if packed.numel() < (count + 1) // 2:
         raise ValueError(f"{packed.numel()} bytes hold no {count} weights of 4 bits")
     blocks = math.ceil(count / blocksize)
@@ -147,8 +162,17 @@ def _check(
             )
         if absmax.code2.numel() != 256 or absmax.offset.numel() != 1:
             raise ValueError(f"code2 has {absmax.code2.numel()} entries, offset {absmax.offset.numel()}: not 256 and 1")
-    if out is not None and (out.numel() < count or not out.is_contiguous() or out.dtype != dtype):
-        raise ValueError(f"out {tuple(out.shape)} {out.dtype}: a contiguous {dtype} buffer of {count} is needed")
+    if out is not None:
+        fits = out.numel() >= count if out.is_contiguous() else tuple(out.shape) == shape and _has_rows(out)
+        if not fits or out.dtype != dtype:
+            raise ValueError(
+                f"out {tuple(out.shape)} {out.dtype}, strides {out.stride()}: a contiguous {dtype} buffer of {count} "
+                f"is needed, or a matrix {shape} with unit stride along its rows"
+            )
+
+
+def _has_rows(matrix: torch.Tensor) -> bool:
+    return matrix.dim() == 2 and matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
 
 
 @functools.cache
@@ -157,9 +181,15 @@ def _levels(device: torch.device) -> torch.Tensor:
 
 
 def _dequantize_triton(
-    packed: torch.Tensor, absmax: torch.Tensor | NestedAbsmax, blocksize: int, out: torch.Tensor
+    packed: torch.Tensor,
+    absmax: torch.Tensor | NestedAbsmax,
+    blocksize: int,
+    out: torch.Tensor,
+    *,
+    width: int,
+    row_stride: int,
 ) -> None:
-    """Writes all of `out` `[n]`."""
+    """Writes all of `out`: rows of `width`, `row_stride` apart."""
     blocks = max(_TILE // (blocksize // 2), 1)
     levels = _levels(packed.device)
     if isinstance(absmax, NestedAbsmax):
@@ -170,9 +200,9 @@ def _dequantize_triton(
         scales, outer, code, offset, size = absmax, levels, levels, levels, 1
     # Without fused multiply-add: bitsandbytes rounds the nested product before it adds the offset.
     _dequantize_kernel[(triton.cdiv(out.numel(), blocks * blocksize),)](
-        packed, scales, outer, code, offset, levels, out, out.numel(), (out.numel() + 1) // 2,
+        packed, scales, outer, code, offset, levels, out, out.numel(), (out.numel() + 1) // 2, width, row_stride,
         NESTED=isinstance(absmax, NestedAbsmax), OUTER_SIZE=size, BLOCKS=blocks, BYTES=blocksize // 2,
-        num_warps=4, enable_fp_fusion=False,
+        ROWS=width < out.numel(), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -180,8 +210,8 @@ if triton is not None:
 
     @triton.jit
     def _dequantize_kernel(
-        packed, scales, outer, code, offset, levels, out, count, byte_count,
-        NESTED: tl.constexpr, OUTER_SIZE: tl.constexpr, BLOCKS: tl.constexpr, BYTES: tl.constexpr,
+        packed, scales, outer, code, offset, levels, out, count, byte_count, width, row_stride,
+        NESTED: tl.constexpr, OUTER_SIZE: tl.constexpr, BLOCKS: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
         # Weights of one embedding can pass 2³¹.
         block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
@@ -197,5 +227,9 @@ if triton is not None:
         high = tl.load(levels + (pair >> 4)) * scale[:, None]
         low = tl.load(levels + (pair & 15)) * scale[:, None]
         both = tl.reshape(tl.join(high, low), (BLOCKS, 2 * BYTES)).to(out.dtype.element_ty)
-        place = block[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
-        tl.store(out + place, both, mask=place < count)
+        first = block * (2 * BYTES)
+        place = first[:, None] + tl.arange(0, 2 * BYTES)[None, :]
+        inside = place < count
+        if ROWS:  # whole blocks in every row
+            place += (first // width * (row_stride - width))[:, None]
+        tl.store(out + place, both, mask=inside)

@@ -8,10 +8,12 @@ attached, switched off or exchanged at any time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from tandem.kernels.nf4 import DTYPES as NF4_DTYPES
 from tandem.kernels.nf4 import from_quant_state
 from tandem.rl.errors import UserError, short
 
@@ -109,23 +111,47 @@ class Projection:
     def bias(self) -> torch.Tensor | None:
         return self.base.bias
 
-    def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """`[out, in]` in the compute type: the weight itself, or a temporary dequantised from 4 bits."""
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns: outputs and inputs."""
+        return self.base.out_features, self.base.in_features
+
+    def write_weight(self, out: torch.Tensor) -> None:
+        """Fill `out` `[out, in]`, whose rows may lie apart, with the weight in its type, dequantised from 4 bits."""
         weight = self.base.weight
         if (state := getattr(weight, "quant_state", None)) is None:
-            return weight.detach().to(dtype)
-        return from_quant_state(state).dequantize(weight.data).to(dtype)
+            out.copy_(weight.detach())
+        elif out.dtype in NF4_DTYPES:
+            from_quant_state(state).dequantize(weight.data, out)
+        else:
+            out.copy_(from_quant_state(state).dequantize(weight.data))
 
 
-class Part(NamedTuple):
-    """Output rows `[start, stop)` of a projection."""
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Projections of one input, whose outputs lie side by side."""
 
-    projection: Projection
-    start: int
-    stop: int
+    projections: tuple[Projection, ...]
 
-    def rows(self, start: int, stop: int) -> Part:
-        return Part(self.projection, self.start + start, self.start + stop)
+    @property
+    def size(self) -> tuple[int, int]:
+        return sum(one.size[0] for one in self.projections), self.projections[0].size[1]
+
+    @property
+    def starts(self) -> list[int]:
+        """The first row of each projection."""
+        return list(accumulate((one.size[0] for one in self.projections[:-1]), initial=0))
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """`[out]`, zero where a projection has none; None where no projection has one."""
+        if all(one.bias is None for one in self.projections):
+            return None
+        device = self.projections[0].base.weight.device
+        parts = [
+            torch.zeros(one.size[0], dtype=dtype, device=device) if one.bias is None else one.bias.detach().to(dtype)
+            for one in self.projections
+        ]
+        return torch.cat(parts)
 
 
 class Norm(NamedTuple):
@@ -138,21 +164,22 @@ class Norm(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One decoder layer, read: parts of projections, norms (None: absent), and the facts of its attention."""
+    """One decoder layer, read: projections by their inputs, norms (None: absent), and the facts of its attention.
 
-    query: Part
-    key: Part
-    value: Part
-    output: Part
-    gate: Part
-    up: Part
-    down: Part
+    The rows of `qkv` are queries, keys, values; those of `gate_up` the gate, then up.
+    """
+
+    qkv: Block
+    output: Block
+    gate_up: Block
+    down: Block
     attention_norm: Norm
     attention_post_norm: Norm | None
     mlp_norm: Norm
     mlp_post_norm: Norm | None
     query_norm: Norm | None
     key_norm: Norm | None
+    query_heads: int
     kv_heads: int
     head_dim: int
     scale: float
@@ -162,15 +189,14 @@ class Layer:
     rope: str | None
 
     @property
-    def projections(self) -> list[Projection]:
-        """Each once, in a fixed order."""
-        parts = (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
-        return list(dict.fromkeys(part.projection for part in parts))
+    def blocks(self) -> tuple[Block, ...]:
+        return self.qkv, self.output, self.gate_up, self.down
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """The adapters' a and b, projection by projection."""
-        return [p for one in self.projections if one.adapter for p in (one.adapter.a, one.adapter.b)]
+        adapters = [one.adapter for block in self.blocks for one in block.projections if one.adapter]
+        return [p for adapter in adapters for p in (adapter.a, adapter.b)]
 
 
 @dataclass(frozen=True)
@@ -223,33 +249,26 @@ def describe(model: Any) -> ModelSpec | None:
 
 
 def _read(family: LayerSpec, module: Any, index: int, config: Any) -> Layer:
-    found = {name: _projection(module, name) for name in dict.fromkeys(_projection_names(family))}
     attention = module.get_submodule(family.output.rpartition(".")[0])
     head_dim = attention.head_dim
     q, k = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    query, key, value = _stacked(found, [(family.query, q), (family.key, k), (family.value, k)])
-    gate, up = _stacked(found, [(family.gate, config.intermediate_size), (family.up, config.intermediate_size)])
-    (output,) = _stacked(found, [(family.output, config.hidden_size)])
-    (down,) = _stacked(found, [(family.down, config.hidden_size)])
     window = {
         "none": None,
         "config": getattr(config, "sliding_window", None),
         "module": getattr(attention, "sliding_window", None),
     }[family.window]
     return Layer(
-        query=query,
-        key=key,
-        value=value,
-        output=output,
-        gate=gate,
-        up=up,
-        down=down,
+        qkv=_block(module, (family.query, family.key, family.value), q + 2 * k),
+        output=_block(module, (family.output,), config.hidden_size),
+        gate_up=_block(module, (family.gate, family.up), 2 * config.intermediate_size),
+        down=_block(module, (family.down,), config.hidden_size),
         attention_norm=_norm(family, module, family.attention_norm),
         attention_post_norm=_optional_norm(family, module, family.attention_post_norm),
         mlp_norm=_norm(family, module, family.mlp_norm),
         mlp_post_norm=_optional_norm(family, module, family.mlp_post_norm),
         query_norm=_optional_norm(family, module, family.query_norm),
         key_norm=_optional_norm(family, module, family.key_norm),
+        query_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
         scale=attention.scaling,
@@ -260,19 +279,12 @@ def _read(family: LayerSpec, module: Any, index: int, config: Any) -> Layer:
     )
 
 
-def _projection_names(family: LayerSpec) -> list[str]:
-    return [family.query, family.key, family.value, family.output, family.gate, family.up, family.down]
-
-
-def _stacked(found: dict[str, Projection], sizes: list[tuple[str, int]]) -> list[Part]:
-    """Rows of each: those of one name follow each other."""
-    used: dict[str, int] = {}
-    parts = []
-    for name, size in sizes:
-        start = used.get(name, 0)
-        parts.append(Part(found[name], start, start + size))
-        used[name] = start + size
-    return parts
+def _block(module: Any, names: tuple[str, ...], rows: int) -> Block:
+    """The projections of these names, each once: a name that stands twice is a stacked weight."""
+    block = Block(tuple(_projection(module, name) for name in dict.fromkeys(names)))
+    if block.size[0] != rows:
+        raise _not_fused(" and ".join(names), f"has {block.size[0]} outputs, not {rows}", "the family's usual shape")
+    return block
 
 
 def _norm(family: LayerSpec, module: Any, name: str) -> Norm:

@@ -1,4 +1,4 @@
-"""The operations of a decoder layer with their derivatives: linear with LoRA, and the kernels on a family's terms."""
+"""What a decoder layer is computed with: its projections ready to multiply, and the kernels on a family's terms."""
 
 from __future__ import annotations
 
@@ -9,171 +9,138 @@ import torch.nn.functional as F
 
 from tandem.kernels import glu as kernels_glu
 from tandem.kernels import rms_norm as kernels_norm
-from tandem.kernels.rope import rope_
-from tandem.rl.families import Norm, Part, Projection
+from tandem.kernels.lora_linear import Branch, LoraLinear
+from tandem.kernels.rope import qk_norm_rope, qk_norm_rope_backward, rope_
+from tandem.rl.families import Block, Norm
 
 _KINDS: dict[str, kernels_glu.Kind] = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh"}
 
+Rope = tuple[torch.Tensor, torch.Tensor]
+
 
 class Weights:
-    """A layer's frozen weights and adapters in the compute type, each made once and held until it is dropped."""
+    """A layer's projections in the compute type, each dequantised once and held until it is dropped."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._base: dict[Projection, torch.Tensor] = {}
-        self._adapters: dict[Projection, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._made: dict[Block, LoraLinear] = {}
 
-    def base(self, part: Part) -> torch.Tensor:
-        if part.projection not in self._base:
-            self._base[part.projection] = part.projection.weight(self.dtype)
-        return self._base[part.projection][part.start : part.stop]
+    def of(self, block: Block) -> LoraLinear:
+        if block not in self._made:
+            self._made[block] = _prepared(block, self.dtype)
+        return self._made[block]
 
-    def adapter(self, part: Part) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """`a [r, in]`, the part's rows of `b [out, r]`, and the scale."""
-        if (adapter := part.projection.adapter) is None:
-            return None
-        if part.projection not in self._adapters:
-            self._adapters[part.projection] = (adapter.a.detach().to(self.dtype), adapter.b.detach().to(self.dtype))
-        a, b = self._adapters[part.projection]
-        return a, b[part.start : part.stop], adapter.scale
+    def drop(self, *blocks: Block) -> None:
+        for block in blocks:
+            self._made.pop(block, None)
 
-    def drop(self, *parts: Part) -> None:
-        for part in parts:
-            self._base.pop(part.projection, None)
+
+def _prepared(block: Block, dtype: torch.dtype) -> LoraLinear:
+    starts = block.starts
+    branches = [
+        Branch(one.adapter.a.detach(), one.adapter.b.detach(), start, one.adapter.scale)
+        for one, start in zip(block.projections, starts, strict=True)
+        if one.adapter is not None
+    ]
+    device = block.projections[0].base.weight.device
+    made = LoraLinear(*block.size, branches, bias=block.bias(dtype), dtype=dtype, device=device)
+    for one, start in zip(block.projections, starts, strict=True):
+        one.write_weight(made.weight[start : start + one.size[0]])
+    return made
 
 
 class LoraGrads:
-    """Gradients of adapters, summed in float32 at least."""
+    """Gradients of a layer's adapters, summed over rows in float32 at least."""
 
     def __init__(self) -> None:
-        self._sums: dict[Projection, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._sums: dict[Block, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._found: dict[int, torch.Tensor] = {}
 
-    def add(self, part: Part, d_a: torch.Tensor, d_b: torch.Tensor) -> None:
-        """`d_a` `[r, in]`; `d_b` `[rows of the part, r]`."""
-        if part.projection not in self._sums:
-            adapter = part.projection.adapter
-            assert adapter is not None
-            self._sums[part.projection] = (
-                d_a.new_zeros(adapter.a.shape),
-                d_b.new_zeros(adapter.b.shape),
-            )
-        sum_a, sum_b = self._sums[part.projection]
-        sum_a += d_a
-        sum_b[part.start : part.stop] += d_b
+    def add(self, block: Block, linear: LoraLinear, dys: torch.Tensor, xs: torch.Tensor) -> None:
+        """Some rows' share, from `LoraLinear`'s buffers."""
+        if not linear.branches:
+            return
+        more = linear.adapter_sums(dys, xs)
+        if block in self._sums:
+            for total, part in zip(self._sums[block], more, strict=True):
+                total += part
+        else:
+            self._sums[block] = more
 
-    def by_parameter(self) -> dict[int, torch.Tensor]:
-        found = {}
-        for projection, (d_a, d_b) in self._sums.items():
-            assert projection.adapter is not None
-            found[id(projection.adapter.a)], found[id(projection.adapter.b)] = d_a, d_b
-        return found
+    def finish(self, block: Block, linear: LoraLinear) -> None:
+        """All rows of `block` have been added."""
+        if block not in self._sums:
+            return
+        pairs = linear.adapter_gradients(self._sums.pop(block))
+        adapters = [one.adapter for one in block.projections if one.adapter is not None]
+        for adapter, (d_a, d_b) in zip(adapters, pairs, strict=True):
+            # Copies: a part of the sums would keep all of them in memory.
+            self._found[id(adapter.a)], self._found[id(adapter.b)] = d_a.clone(), d_b.clone()
 
-
-def linear(x: torch.Tensor, part: Part, weights: Weights) -> torch.Tensor:
-    """`x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ`, `[N, in]` -> `[N, out]`."""
-    bias = part.projection.bias
-    y = F.linear(x, weights.base(part), None if bias is None else bias.detach()[part.start : part.stop].to(x.dtype))
-    if (adapter := weights.adapter(part)) is not None:
-        a, b, scale = adapter
-        y.addmm_(x @ a.t(), b.t(), alpha=scale)
-    return y
+    def of(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        found = self._found.get(id(parameter))
+        return None if found is None else found.to(parameter.dtype)
 
 
-def linear_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    part: Part,
-    weights: Weights,
-    grads: LoraGrads,
-    *,
-    into: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The gradient of `x`, added to `into` where that is given; the adapter's gradients go to `grads`."""
-    base = weights.base(part)
-    dx = dy @ base if into is None else into.addmm_(dy, base)
-    if (inner := adapter_backward(dy, x, part, weights, grads)) is not None:
-        a, _, scale = weights.adapter(part)  # type: ignore[misc]  # there is an inner gradient, so there is an adapter
-        dx.addmm_(inner, a, alpha=scale)
-    return dx
-
-
-def adapter_backward(
-    dy: torch.Tensor, x: torch.Tensor, part: Part, weights: Weights, grads: LoraGrads
-) -> torch.Tensor | None:
-    """Add the adapter's gradients to `grads`; returns `dy·B` `[N, r]`, or None where there is no adapter."""
-    if (adapter := weights.adapter(part)) is None:
-        return None
-    a, b, scale = adapter
-    inner = dy @ b
-    grads.add(part, _wide_product(inner.t(), x) * scale, _wide_product(dy.t(), x @ a.t()) * scale)
-    return inner
-
-
-def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a @ b` kept in float32 at least: the sum over all rows of a pack does not fit bfloat16."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, norm: Norm, out: torch.Tensor | None = None) -> torch.Tensor:
     """`x / rms(x)` times the factor over the last dimension, rounded where Hugging Face's module rounds."""
-    return kernels_norm.rms_norm(x, norm.weight.detach(), norm.eps, offset=float(norm.unit_offset))[0]
+    return kernels_norm.rms_norm(x, norm.weight, norm.eps, offset=float(norm.unit_offset), out=out)[0]
 
 
 def rms_norm_backward(
     dy: torch.Tensor, x: torch.Tensor, norm: Norm, *, into: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The gradient of `x`, added to `into` where that is given."""
-    weight, offset = norm.weight.detach(), float(norm.unit_offset)
-    return kernels_norm.rms_norm_backward(dy, x, weight, norm.eps, offset=offset, into=into)
+    return kernels_norm.rms_norm_backward(dy, x, norm.weight, norm.eps, offset=float(norm.unit_offset), into=into)
 
 
-def maybe_norm(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
-    return x if norm is None else rms_norm(x, norm)
+def rotated(x: torch.Tensor, norm: Norm | None, rope: Rope, out: torch.Tensor) -> torch.Tensor:
+    """The heads `[T, H, D]` of `x`, normed where there is a norm, then turned, in `out`, which may be `x`."""
+    cos, sin = rope
+    if norm is not None:
+        offset = float(norm.unit_offset)
+        return qk_norm_rope(x, norm.weight, norm.eps, cos, sin, offset=offset, rotary_dim=cos.shape[-1], out=out)
+    if out is not x:
+        out.copy_(x)
+    return rope_(out, cos, sin, rotary_dim=cos.shape[-1])
 
 
-def normed(h: torch.Tensor, norm: Norm, tile_rows: int) -> torch.Tensor:
-    out = torch.empty_like(h)
-    for t in tiles(h.shape[0], tile_rows):
-        out[t] = rms_norm(h[t], norm)
-    return out
+def rotated_backward(dy: torch.Tensor, x: torch.Tensor, norm: Norm | None, rope: Rope) -> None:
+    """Write the gradient of `x` over `x`, which `rotated` got; without a norm the values of `x` do not matter."""
+    cos, sin = rope
+    if norm is not None:
+        offset = float(norm.unit_offset)
+        qk_norm_rope_backward(
+            dy, x, norm.weight, norm.eps, cos, sin, offset=offset, rotary_dim=cos.shape[-1], out=x
+        )
+        return
+    x.copy_(dy)
+    rope_(x, cos, sin, inverse=True, rotary_dim=cos.shape[-1])
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE in place on `[T, heads, D]` by tables `[T, R]`; dimensions from R on pass (partial rotation)."""
-    return rope_(x, cos, sin, rotary_dim=cos.shape[-1])
-
-
-def rotate_backward(dy: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The transposed rotation, in place."""
-    return rope_(dy, cos, sin, inverse=True, rotary_dim=cos.shape[-1])
-
-
-def glu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """`act(gate)·up`."""
+def glu(gate: torch.Tensor, up: torch.Tensor, activation: str, out: torch.Tensor) -> torch.Tensor:
+    """`act(gate)·up` in `out`."""
     if activation == "gelu":  # the exact one, which no family of weight uses: no kernel of its own
-        return (F.gelu(_wide(gate)) * up).to(gate.dtype)
-    return kernels_glu.glu(gate, up, _KINDS[activation])
+        return out.copy_(F.gelu(_wide(gate)) * up)
+    return kernels_glu.glu(gate, up, _KINDS[activation], out=out)
 
 
-def glu_backward(
-    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up, written over the two."""
+def glu_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
+    """Gradients of gate and up, written over the two, and `act(gate)·up`, written over `dy`."""
     if activation == "gelu":
         x = _wide(gate)
         slope = 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-        return (dy * slope * up).to(gate.dtype), (dy * F.gelu(x)).to(up.dtype)
-    kernels_glu.glu_backward_(dy, gate, up, _KINDS[activation])
-    return gate, up
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        product, d_gate = F.gelu(x) * up, dy * slope * up
+        up.copy_(dy * F.gelu(x))
+        gate.copy_(d_gate)
+        dy.copy_(product)
+        return
+    kernels_glu.glu_backward_(dy, gate, up, _KINDS[activation], recompute_h=True)
 
 
 def tiles(rows: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -9,10 +9,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import torch
 
 # A power of two, because torch's pinned allocator rounds up to one; small, because a tensor's last block is part empty.
 BLOCK_BYTES = 16 << 20
+# The share of free memory that what a pack leaves between its passes may take.
+_HOST_SHARE, _DEVICE_SHARE = 0.6, 0.25
+
+
+def fits(wanted: int, device: torch.device | None, *, already: int = 0) -> bool:
+    """Whether `wanted` bytes may be kept on `device`, or in host memory (None), of which `already` are taken."""
+    if device is not None and device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return wanted <= _DEVICE_SHARE * free
+    return wanted <= already + _HOST_SHARE * psutil.virtual_memory().available
 
 
 class Stored:
@@ -26,8 +37,8 @@ class Stored:
 class Store:
     """Keeps tensors where they are."""
 
-    def begin(self) -> None:
-        """A new forward pass starts."""
+    def begin(self, *, prefetch: bool = True) -> None:
+        """A new forward pass starts. With `prefetch` a layer's tensors come back while the one behind it computes."""
 
     def put(self, tensors: list[torch.Tensor]) -> Stored:
         """Keep `tensors`; the caller must not write to them any more."""
@@ -81,22 +92,25 @@ class HostStore(Store):
         self.pool = BlockPool(pinned=device.type == "cuda", block_bytes=block_bytes)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._latest: _Offloaded | None = None
+        self._prefetch = True
 
-    def begin(self) -> None:
-        self._latest = None
+    def begin(self, *, prefetch: bool = True) -> None:
+        self._latest, self._prefetch = None, prefetch
 
     def put(self, tensors: list[torch.Tensor]) -> Stored:
         if self._latest is not None:
             self._latest.leave_device()
-        self._latest = _Offloaded(self, tensors, self._latest)
+        self._latest = _Offloaded(self, tensors, self._latest, prefetch=self._prefetch)
         return self._latest
 
 
 class _Offloaded(Stored):
     """A link of the chain of one forward pass; `_before` is the layer whose backward pass comes next."""
 
-    def __init__(self, store: HostStore, tensors: list[torch.Tensor], before: _Offloaded | None) -> None:
-        self._pool, self._stream, self._before = store.pool, store.stream, before
+    def __init__(
+        self, store: HostStore, tensors: list[torch.Tensor], before: _Offloaded | None, *, prefetch: bool
+    ) -> None:
+        self._pool, self._stream, self._before, self._prefetch = store.pool, store.stream, before, prefetch
         self._shapes = [(t.shape, t.dtype, t.device) for t in tensors]
         self._blocks: list[list[torch.Tensor]] = []
         self._present: list[torch.Tensor] | None = [t.contiguous() for t in tensors]
@@ -113,7 +127,7 @@ class _Offloaded(Stored):
         tensors, self._present = self._present, None
         assert tensors is not None
         self._release()
-        if self._before is not None and not self._before._taken:
+        if self._prefetch and self._before is not None and not self._before._taken:
             self._before.fetch()
         self._before = None
         return tensors

@@ -284,13 +284,16 @@ class TrainConfig(Section):
     """Run packs through layers with a hand-written backward pass, which need a fraction of the memory; None: on a GPU,
     where the model's family is described."""
     offload_activations: bool | None = None
-    """Fused layers: keep layer inputs in host memory until the backward pass; None: on a GPU."""
+    """Fused layers: keep what the backward pass needs in host memory; None: on a GPU, for packs that would otherwise
+    leave more than 512 MiB."""
     mlp_tile_rows: Positive = 4096
     """Fused layers: rows that pass the MLP at a time."""
     kv_head_groups: Positive | None = None
-    """Fused layers: parts in which attention's KV heads are run; None: 1, all of them apart from 32,768 tokens on."""
-    attention_memory: Literal["keep", "recompute", "offload"] = "keep"
-    """Fused layers: what the backward pass does for attention's output; recompute needs the least memory."""
+    """Fused layers: parts in which attention's KV heads are run; None: 1, 2 from 16,384 tokens on, all of them apart
+    from 32,768 on."""
+    attention_memory: Literal["auto", "save", "recompute"] = "auto"
+    """Fused layers: save attention's output for the backward pass, or recompute it, which takes half the host memory
+    and a quarter more time in attention; auto: save where host memory is enough."""
 
 
 class OptimConfig(Section):
@@ -306,8 +309,9 @@ class OptimConfig(Section):
     """Decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this norm; 0: no clipping."""
-    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
-    """adamw_8bit and paged_adamw_8bit need bitsandbytes and a GPU."""
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
+    """AdamW; 8bit: moments in a quarter of the memory (those of weights with fewer than 4096 elements stay in 32 bits);
+    paged: moments move to host memory when the GPU is short of it. All but adamw_torch need bitsandbytes and a GPU."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """First-moment decay."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999

@@ -101,7 +101,7 @@ def test_gradients_are_no_worse_than_those_of_autograd(exact, half, shared):
     reference = plain(exact, pack)
     assert error(gradients(exact, FusedLayers().attach(exact).hidden, pack), reference) < 1e-4
     theirs = error(plain(half, pack), reference)
-    for plan in (Plan(), Plan(512, 4, "recompute"), Plan(512, 2, "offload")):
+    for plan in (Plan(), Plan(512, 4, "recompute"), Plan(512, 2, "save")):
         ours = error(gradients(half, FusedLayers(plan).attach(half).hidden, pack), reference)
         print(f"relative error of bfloat16 gradients: {plan} {ours:.5f}, transformers and peft {theirs:.5f}")
         assert ours < 1.1 * theirs
@@ -118,7 +118,7 @@ def deterministic() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("attention", ["keep", "recompute", "offload"])
+@pytest.mark.parametrize("attention", ["save", "recompute"])
 def test_offload_is_bitwise_the_same(half, attention):
     pack = inputs(8192, True)
     plan = Plan(1024, 4, attention)
@@ -128,9 +128,9 @@ def test_offload_is_bitwise_the_same(half, attention):
     for _ in range(4):  # later passes reuse host and device memory
         ours = gradients(half, layers.hidden, pack)
         assert all(torch.equal(ours[n], g) for n, g in expected.items())
-        assert isinstance(layers.store, HostStore)
-        assert layers.store.pool.free == layers.store.pool.allocated
-        allocated.append(layers.store.pool.allocated)
+        assert isinstance(layers.host, HostStore)
+        assert layers.host.pool.free == layers.host.pool.allocated
+        allocated.append(layers.host.pool.allocated)
     assert len(set(allocated)) == 1
 
 
@@ -165,7 +165,7 @@ def test_memory_and_time_beside_checkpointing(half, tokens):
         (Plan(), True),
         (Plan(groups=4), True),
         (Plan(2048, 4, "recompute"), True),
-        (Plan(2048, 4, "offload"), True),
+        (Plan(2048, 4, "save"), True),
     ]:
         seconds, gib = measure(half, FusedLayers(plan, offload=offload).attach(half).hidden, pack)
         print(f"{plan} offload={offload}: {seconds:.3f} s, {gib:.2f} GiB")

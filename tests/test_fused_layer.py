@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tandem.kernels.linear_logprob import HeadOptions
-from tandem.rl import fused_layer, layer_ops
+from tandem.kernels.lora_linear import LoraLinear
+from tandem.rl import fused_layer, layer_ops, layer_run
 from tandem.rl.config import AlgorithmConfig, LoraConfig
 from tandem.rl.errors import UserError
 from tandem.rl.families import FAMILIES, Norm, describe
@@ -161,7 +162,7 @@ def test_every_family_equals_autograd(family):
     made = packs()
     expected = oracle(lm, made)
     assert all(g.abs().max() > 1e-3 for g in expected[1].values())
-    for plan in (Plan(), Plan(7, 4, "recompute"), Plan(16, 2, "offload")):
+    for plan in (Plan(), Plan(7, 4, "recompute"), Plan(16, 2, "save")):
         assert difference(fused(lm, made, plan), expected) < 1e-10
 
 
@@ -172,8 +173,8 @@ def test_the_unchanged_model_agrees_to_float32(family):
     assert difference(fused(lm, made), oracle(lm, made)) < 1e-4
 
 
-GRID = [(1, 1, "keep"), (1, 2, "recompute"), (1, 1, "offload")]
-GRID += [*product([7], [1, 2, 4], ["keep", "recompute", "offload"]), (4096, 1, "recompute"), (4096, 4, "keep")]
+GRID = [(1, 1, "auto"), (1, 2, "recompute"), (1, 1, "save")]
+GRID += [*product([7], [1, 2, 4], ["save", "recompute"]), (4096, 1, "recompute"), (4096, 4, "save")]
 
 
 @pytest.mark.parametrize(("tile_rows", "groups", "attention"), GRID)
@@ -184,17 +185,31 @@ def test_tiles_and_groups_change_nothing(qwen, tile_rows, groups, attention):
 
 def test_long_packs_are_run_in_groups(qwen, monkeypatch):
     lm, made, expected = qwen
-    monkeypatch.setattr(fused_layer, "LONG_PACK", 10)
     calls = []
-    plain = fused_layer.packed_attention
+    plain = layer_run.attention_forward
 
     def counted(query, key, *rest, **options):
-        calls.append(len(key))
+        calls.append(key.shape[1])
         return plain(query, key, *rest, **options)
 
-    monkeypatch.setattr(fused_layer, "packed_attention", counted)
-    assert difference(fused(lm, made), expected) < 1e-10
-    assert set(calls) == {1}
+    monkeypatch.setattr(layer_run, "attention_forward", counted)
+    rows = max(one.num_tokens for one in made)
+    for borders, heads in (((rows + 1, rows + 1), {4}), ((0, rows + 1), {2}), ((0, 0), {1})):
+        monkeypatch.setattr(fused_layer, "_TWO_GROUPS", borders[0])
+        monkeypatch.setattr(fused_layer, "_ALL_GROUPS", borders[1])
+        calls.clear()
+        assert difference(fused(lm, made), expected) < 1e-10
+        assert set(calls) == heads
+
+
+@pytest.mark.parametrize(("attention", "times"), [("save", 1), ("recompute", 2)])
+def test_a_saved_attention_runs_forward_once(qwen, monkeypatch, attention, times):
+    lm, made, _ = qwen
+    calls = []
+    plain = layer_run.attention_forward
+    monkeypatch.setattr(layer_run, "attention_forward", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    fused(lm, made, Plan(attention=attention))
+    assert len(calls) == times * 3 * len(made)
 
 
 @pytest.mark.parametrize(
@@ -238,23 +253,32 @@ def test_one_sequence_alone():
     assert difference(fused(lm, made, Plan(2, 4)), oracle(lm, made)) < 1e-10
 
 
+def _unrotated(dy, x, norm, rope):
+    x.copy_(dy)
+
+
+def _glu_without_up(dy, gate, up, activation):
+    product = layer_ops.glu(gate, up, activation, torch.empty_like(gate))
+    gate.copy_(dy * up)
+    dy.copy_(product)
+
+
 FAULTS = {
-    "rotate_backward": lambda dy, cos, sin: layer_ops.rotate(dy, cos, sin),
+    "rotated_backward": _unrotated,
     "rms_norm_backward": lambda dy, x, norm, into=None: (torch.zeros_like(dy) if into is None else into).add_(
         dy * norm.weight
     ),
-    "glu_backward": lambda dy, gate, up, act: (dy * up, dy * layer_ops.glu(gate, torch.ones_like(gate), act)),
-    "adapter_backward": lambda dy, x, part, weights, grads: None,
+    "glu_backward": _glu_without_up,
+    "complete_gradients": lambda self, dys: dys[:, self.out_features :].zero_(),
+    "complete_inputs": lambda self, xs: xs[:, self.in_features :].zero_(),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_wrong_derivative_is_seen(qwen, monkeypatch, name):
     lm, made, expected = qwen
-    monkeypatch.setattr(layer_ops if name == "adapter_backward" else fused_layer, name, FAULTS[name])
-    ours = fused(lm, made)
-    ours = (ours[0], {n: ours[1].get(n, torch.zeros_like(g)) for n, g in expected[1].items()})
-    assert difference(ours, expected) > 1e-3
+    monkeypatch.setattr(LoraLinear if name.startswith("complete") else layer_run, name, FAULTS[name])
+    assert difference(fused(lm, made), expected) > 1e-3
 
 
 @pytest.mark.parametrize("unit_offset", [False, True])
@@ -266,23 +290,23 @@ def test_norm_derivative(unit_offset):
     torch.testing.assert_close(layer_ops.rms_norm_backward(d, x.detach(), norm), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("plan", [Plan(7, 2, "keep"), Plan(7, 2, "offload")])
+@pytest.mark.parametrize("plan", [Plan(7, 2, "recompute"), Plan(7, 2, "save")])
 def test_offload_is_bitwise_the_same_and_reuses_its_memory(plan):
     lm = build("qwen3")
     made = packs()
     expected = fused(lm, made, plan, offload=False)
     layers = FusedLayers(plan, offload=True).attach(lm)
-    layers.store = HostStore(lm.device, block_bytes=1000)  # several blocks per tensor, the last one part empty
+    layers.host = HostStore(lm.device, block_bytes=1000)  # several blocks per tensor, the last one part empty
     allocated = []
     for _ in range(3):
         ours = run(lm, made, layers.hidden)
         assert all(torch.equal(a, b) for a, b in zip(ours[0], expected[0], strict=True))
         assert all(torch.equal(ours[1][n], g) for n, g in expected[1].items())
-        pool = layers.store.pool
+        pool = layers.host.pool
         assert pool.free == pool.allocated
         allocated.append(pool.allocated)
     tokens = max(one.num_tokens for one in made)
-    widths = [24, 48] if plan.attention == "offload" else [24]
+    widths = [24, 48, 8] if plan.attention == "save" else [24]
     assert allocated == [3 * sum(-(-tokens * w * 8 // 1000) for w in widths)] * 3
 
 
@@ -303,14 +327,14 @@ def test_offloaded_graphs_may_wait_for_each_other():
 
 def test_a_dropped_graph_gives_its_blocks_back(qwen):
     lm, (one, _), _ = qwen
-    layers = FusedLayers(offload=True).attach(lm)
+    layers = FusedLayers(Plan(attention="recompute"), offload=True).attach(lm)
     ids = (torch.tensor(one.input_ids), torch.tensor(one.position_ids), layout_of(one))
     out = layers.hidden(*ids)
-    assert layers.store.pool.allocated - layers.store.pool.free == 3
+    assert layers.host.pool.allocated - layers.host.pool.free == 3
     del out
-    layers.store.begin()
+    layers.host.begin()
     gc.collect()
-    assert layers.store.pool.free == layers.store.pool.allocated == 3
+    assert layers.host.pool.free == layers.host.pool.allocated == 3
 
 
 def test_the_pool_grows_only_when_it_must():
@@ -335,8 +359,8 @@ class Counting(Store):
 
 def test_only_the_input_of_each_layer_is_kept(qwen):
     lm, (one, _), _ = qwen
-    layers = FusedLayers(Plan(tile_rows=8)).attach(lm)
-    layers.store = Counting()
+    layers = FusedLayers(Plan(tile_rows=8, attention="recompute")).attach(lm)
+    layers.near = Counting()
     ids = (torch.tensor(one.input_ids), torch.tensor(one.position_ids), layout_of(one))
     saved: list[torch.Tensor] = []
 
@@ -358,7 +382,7 @@ def test_only_the_input_of_each_layer_is_kept(qwen):
     with torch.autograd.graph.saved_tensors_hooks(packed, lambda t: t):
         out = layers.hidden(*ids)
     after = live()
-    assert layers.store.sizes == [(one.num_tokens, 24)] * 3
+    assert layers.near.sizes == [(one.num_tokens, 24)] * 3
     parameters = {p.data_ptr() for _, p in trainable(lm)}
     activations = [t for t in saved if t.data_ptr() not in parameters]
     # Autograd itself holds the input of the final norm and nothing else.
@@ -372,13 +396,13 @@ def test_only_the_input_of_each_layer_is_kept(qwen):
 def test_without_gradients_nothing_is_kept(qwen):
     lm, made, expected = qwen
     layers = FusedLayers().attach(lm)
-    layers.store = Counting()
+    layers.near = Counting()
     with torch.no_grad():
         for one, out in zip(made, expected[0], strict=True):
             ours = layers.hidden(torch.tensor(one.input_ids), torch.tensor(one.position_ids), layout_of(one))
             torch.testing.assert_close(ours, out, rtol=1e-10, atol=1e-10)
             assert not ours.requires_grad
-    assert layers.store.sizes == []
+    assert layers.near.sizes == []
 
 
 def test_the_adapter_can_be_switched_off(qwen):

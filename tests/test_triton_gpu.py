@@ -145,6 +145,10 @@ def test_nf4_bit_for_bit_as_bitsandbytes(dtype, nested, shape, blocksize) -> Non
     buffer = torch.full((weight.numel() + 64,), torch.nan, dtype=dtype, device="cuda")
     assert torch.equal(ours.dequantize(packed, buffer), want)
     assert buffer[weight.numel() :].isnan().all()
+    wide = torch.full((shape[0] + 8, shape[1] + 24), torch.nan, dtype=dtype, device="cuda")
+    assert torch.equal(ours.dequantize(packed, wide[: shape[0], : shape[1]]), want)
+    assert wide[shape[0] :].isnan().all()
+    assert wide[:, shape[1] :].isnan().all()
 
 
 def test_beyond_two_to_the_31() -> None:

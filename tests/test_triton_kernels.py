@@ -381,6 +381,13 @@ def test_nf4_bit_for_bit_as_bitsandbytes(impl, dtype, nested, shape, blocksize) 
     assert torch.equal(view, want)
     assert buffer[count:].isnan().all()
 
+    wide = torch.full((shape[0] + 2, shape[1] + 3), torch.nan, dtype=dtype)
+    view = ours.dequantize(packed, wide[: shape[0], : shape[1]], impl=impl)
+    assert torch.equal(view, want)
+    assert torch.equal(wide[: shape[0], : shape[1]], want)
+    assert wide[shape[0] :].isnan().all()
+    assert wide[:, shape[1] :].isnan().all()
+
 
 @impls
 @pytest.mark.parametrize("count", [1, 63, 65, 4097])
@@ -412,6 +419,8 @@ def test_nf4_refuses_what_does_not_fit() -> None:
         ((packed, absmax, (64,), 48), "blocksize"),
         ((packed, absmax, (64,), 32), "absmax"),
         ((packed, absmax, (64,), 64, torch.empty(63)), "out"),
+        ((packed, absmax, (8, 8), 64, torch.empty(8, 9)[:, 1:].t()), "out"),
+        ((packed, absmax, (8, 8), 64, torch.empty(9, 9)[:, 1:]), "out"),
         ((packed, absmax, (64,), 64, None, torch.float64), "dtype"),
     ):
         with pytest.raises(ValueError, match=word):

@@ -1,0 +1,334 @@
+"""Attention over a pack cut into pieces that fast kernels compute, and the pieces put together again.
+
+Every root and every child is a causal segment. A family with children needs one piece more, the rows of all its
+children against the root's keys, without a mask; the two results of a child's row are merged by their log-sum-exps:
+
+    lse = log(e^l₁ + e^l₂)    O = O₁·e^(l₁ − lse) + O₂·e^(l₂ − lse)
+
+The backward pass of every piece gets the merged O and lse, with which its weights are the true ones; dQ is the sum of
+both pieces, and a root's dK and dV are those of its own segment plus those of the cross piece. Each sum has two terms,
+so adding them in the tensors' own type rounds once.
+
+Which segments go where depends on the layout alone: `plan` works it out once for all layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from tandem.kernels.attention_blocked import Gradients, Scoring, blocked_backward, blocked_forward
+from tandem.kernels.reference import Impl, picks_triton, wide
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the twin answers where Triton does not exist
+    triton = None
+
+if TYPE_CHECKING:
+    from tandem.kernels.packed_attention import Family, PackLayout
+
+# Segments from this length on are long: a call each, to cuDNN.
+LONG_SEGMENT = 2048
+# Cross pieces of so many scores a head are long. Higher than a segment's, because cuDNN plans for every new root
+# length, and only work of about this size earns that back over the layers of a model.
+LONG_CROSS = 8192 * 8192
+# Rows of a merge at a time, where it is plain PyTorch.
+_MERGE_ROWS = 4096
+
+Rows = slice | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """Causal segments in a row: the rows, and where each segment begins and the last one ends, from `start`.
+
+    `offsets`: `[segments + 1]` int32 on the device. `long`: it is one segment, for cuDNN.
+    """
+
+    start: int
+    stop: int
+    offsets: torch.Tensor
+    longest: int
+    long: bool
+
+
+@dataclass(frozen=True)
+class Cross:
+    """Rows of children against keys of their roots, family by family, without a mask.
+
+    rows, keys: slices of the pack, or where several families share the call, int64 indices on the device.
+    """
+
+    rows: Rows
+    keys: Rows
+    row_offsets: torch.Tensor
+    key_offsets: torch.Tensor
+    longest_rows: int
+    longest_keys: int
+    long: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`blocked`: families that the kernels do not take, by index. `whole`: one run is all there is."""
+
+    runs: list[Run]
+    crosses: list[Cross]
+    blocked: list[int]
+
+    @property
+    def whole(self) -> bool:
+        return len(self.runs) == 1 and not self.crosses and not self.blocked
+
+
+class Pieces(Protocol):
+    """What the pieces are computed by. Tensors are those of the whole pack; results are the rows of the piece."""
+
+    def causal_forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, run: Run, scoring: Scoring
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """out `[n, Hq, D]`, lse `[Hq, n]` of the run's n rows."""
+        ...
+
+    def causal_backward(
+        self,
+        d_out: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        run: Run,
+        scoring: Scoring,
+    ) -> Gradients:
+        """dq, dk and dv of the run's rows."""
+        ...
+
+    def cross_forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cross: Cross, scoring: Scoring
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """out `[n, Hq, D]`, lse `[Hq, n]` of the n rows of the piece."""
+        ...
+
+    def cross_backward(
+        self,
+        d_out: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        cross: Cross,
+        scoring: Scoring,
+    ) -> Gradients:
+        """dq of the rows of the piece, dk and dv of its keys."""
+        ...
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def plan(layout: PackLayout, window: int | None, device: torch.device) -> Plan:
+    """The pieces of a layout; made once for all layers that have this window."""
+    name = ("pieces", window, device, LONG_SEGMENT, LONG_CROSS)
+    return layout.once(name, lambda: _plan(layout.families, window, device))
+
+
+def _plan(families: list[Family], window: int | None, device: torch.device) -> Plan:
+    runs: list[Run] = []
+    blocked: list[int] = []
+    crossed: list[Family] = []
+    short: list[tuple[int, int]] = []
+
+    def flush() -> None:
+        if short:
+            runs.append(_run(short, device, long=False))
+            short.clear()
+
+    for index, family in enumerate(families):
+        if family.children and window is not None and window < family.span:
+            flush()
+            blocked.append(index)
+            continue
+        if family.children:
+            crossed.append(family)
+        for a, b in family.segments:
+            if b - a >= LONG_SEGMENT and (window is None or window >= b - a):
+                flush()
+                runs.append(_run([(a, b)], device, long=True))
+            else:
+                short.append((a, b))
+    flush()
+    long = [f for f in crossed if _cross_scores(f) >= LONG_CROSS]
+    together = [f for f in crossed if _cross_scores(f) < LONG_CROSS]
+    crosses = [_cross([f], device, long=True) for f in long]
+    if together:
+        crosses.append(_cross(together, device, long=False))
+    return Plan(runs, crosses, blocked)
+
+
+def _cross_scores(family: Family) -> int:
+    return (family.end - family.root[1]) * (family.root[1] - family.root[0])
+
+
+def _run(segments: list[tuple[int, int]], device: torch.device, *, long: bool) -> Run:
+    lengths = [b - a for a, b in segments]
+    return Run(segments[0][0], segments[-1][1], _offsets(lengths, device), max(lengths), long)
+
+
+def _cross(families: list[Family], device: torch.device, *, long: bool) -> Cross:
+    rows = [(f.root[1], f.end) for f in families]
+    keys = [f.root for f in families]
+    row_lengths, key_lengths = ([b - a for a, b in ranges] for ranges in (rows, keys))
+    return Cross(
+        _rows(rows, device),
+        _rows(keys, device),
+        _offsets(row_lengths, device),
+        _offsets(key_lengths, device),
+        max(row_lengths),
+        max(key_lengths),
+        long,
+    )
+
+
+def _rows(ranges: list[tuple[int, int]], device: torch.device) -> Rows:
+    if len(ranges) == 1:
+        return slice(*ranges[0])
+    return torch.cat([torch.arange(a, b) for a, b in ranges]).to(device)
+
+
+def _offsets(lengths: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
+
+
+# --- putting the pieces together --------------------------------------------------------------------------------------
+
+
+def pieces_forward(
+    pieces: Pieces,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackLayout,
+    scoring: Scoring,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention_forward` by pieces: out `[T, Hq, D]` and lse `[Hq, T]`."""
+    todo = plan(layout, scoring.window, query.device)
+    if todo.whole:
+        whole, lse = pieces.causal_forward(query, key, value, todo.runs[0], scoring)
+        return whole.contiguous(), lse.contiguous()
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    kind = torch.promote_types(query.dtype, torch.float32)
+    lse = torch.empty((query.shape[1], query.shape[0]), dtype=kind, device=query.device)
+    for run in todo.runs:
+        out[run.start : run.stop], lse[:, run.start : run.stop] = pieces.causal_forward(query, key, value, run, scoring)
+    for cross in todo.crosses:
+        merge(out, lse, *pieces.cross_forward(query, key, value, cross, scoring), cross.rows)
+    blocked_forward(query, key, value, layout, todo.blocked, scoring, out, lse)
+    return out, lse
+
+
+def pieces_backward(
+    pieces: Pieces,
+    d_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    layout: PackLayout,
+    scoring: Scoring,
+) -> Gradients:
+    """`attention_backward` by pieces."""
+    todo = plan(layout, scoring.window, query.device)
+    given = (d_out, query, key, value, out, lse)
+    if todo.whole:
+        return pieces.causal_backward(*given, todo.runs[0], scoring)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    for run in todo.runs:
+        at = slice(run.start, run.stop)
+        dq[at], dk[at], dv[at] = pieces.causal_backward(*given, run, scoring)
+    for cross in todo.crosses:
+        d_query, d_key, d_value = pieces.cross_backward(*given, cross, scoring)
+        dq[cross.rows] += d_query
+        dk[cross.keys] += d_key
+        dv[cross.keys] += d_value
+    blocked_backward(*given, layout, todo.blocked, scoring, (dq, dk, dv))
+    return dq, dk, dv
+
+
+def merge(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    other: torch.Tensor,
+    other_lse: torch.Tensor,
+    rows: Rows,
+    *,
+    impl: Impl | None = None,
+) -> None:
+    """Merge attention of `rows` to further keys into what these rows have, in place.
+
+    Args:
+        out: `[T, H, D]`, contiguous; lse: `[H, T]`. other: `[n, H, D]`; other_lse: `[H, n]`.
+        rows: the n rows of out and lse, a slice or int64 indices that do not repeat.
+    """
+    if picks_triton(out, impl):
+        _merge_triton(out, lse, other, other_lse, rows)
+        return
+    first = lse[:, rows]
+    total = torch.logaddexp(first, other_lse)
+    here, there = ((x - total).exp_().t()[..., None] for x in (first, other_lse))
+    lse[:, rows] = total
+    for start in range(0, other.shape[0], _MERGE_ROWS):
+        part = slice(start, min(start + _MERGE_ROWS, other.shape[0]))
+        at = slice(rows.start + part.start, rows.start + part.stop) if isinstance(rows, slice) else rows[part]
+        out[at] = (wide(out[at]) * here[part] + wide(other[part]) * there[part]).to(out.dtype)
+
+
+def _merge_triton(
+    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor, rows: Rows
+) -> None:
+    count, heads, dim = other.shape
+    index, start = (rows, 0) if isinstance(rows, torch.Tensor) else (None, rows.start)
+    _merge_kernel[(triton.cdiv(count, 16), heads)](
+        out, lse, other, other_lse, index, start, count, dim,
+        out.stride(0), out.stride(1), lse.stride(0), lse.stride(1),
+        other.stride(0), other.stride(1), other_lse.stride(0), other_lse.stride(1),
+        INDEXED=index is not None, ROWS=16, BLOCK=triton.next_power_of_2(dim), num_warps=4,
+    )  # fmt: skip
+
+
+if triton is not None:
+
+    @triton.jit
+    def _merge_kernel(
+        out, lse, other, other_lse, index, start, count, dim,
+        out_row, out_head, lse_head, lse_row, other_row, other_head, other_lse_head, other_lse_row,
+        INDEXED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        # Rows × heads × dim passes 2³¹ at 524K rows of 4096.
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        head = tl.program_id(1).to(tl.int64)
+        live = row < count
+        if INDEXED:
+            at = tl.load(index + row, mask=live, other=0)
+        else:
+            at = row + start
+        own_lse = lse + head * lse_head + at * lse_row
+        first = tl.load(own_lse, mask=live, other=0.0)
+        second = tl.load(other_lse + head * other_lse_head + row * other_lse_row, mask=live, other=0.0)
+        top = tl.maximum(first, second)
+        total = top + tl.log(tl.exp(first - top) + tl.exp(second - top))
+        tl.store(own_lse, total, mask=live)
+        column = tl.arange(0, BLOCK)
+        inside = live[:, None] & (column < dim)[None, :]
+        target = out + (at * out_row + head * out_head)[:, None] + column[None, :]
+        added = other + (row * other_row + head * other_head)[:, None] + column[None, :]
+        value = tl.load(target, mask=inside, other=0.0).to(tl.float32) * tl.exp(first - total)[:, None]
+        value += tl.load(added, mask=inside, other=0.0).to(tl.float32) * tl.exp(second - total)[:, None]
+        tl.store(target, value.to(out.dtype.element_ty), mask=inside)

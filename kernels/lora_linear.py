@@ -1,0 +1,143 @@
+"""Linear layers with LoRA as single matrix products, by putting frozen weight and adapters side by side in one buffer.
+
+    [ W   sB ]      W [out, in]: the frozen weights of all projections that share an input, stacked
+    [ A    0 ]      A [R, in]: their adapters' A, stacked; sB [out, R]: their scaled B, block by block
+
+With xs = [x, xAᵀ] and dys = [dy, dy·sB], rows of their own in slightly wider buffers:
+    y  = xs·[W, sB]ᵀ        dx = dys·[W; A]        dA = (dy·sB)ᵀ·x        dB = s·dyᵀ·(xAᵀ)
+so x·A is computed once for all projections, and no wide tensor is read and written again to add the adapter's share.
+The adapter is never merged into W, where rounding would lose most of an update (LoRA: Hu et al., arXiv 2106.09685).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Tensor cores want rows of 16 bytes; the rest of the rank is zero.
+_RANK_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One projection's adapter: `a [r, in]`, `b [rows, r]`, the first of its rows in the stack, and its factor."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    start: int
+    scale: float
+
+
+class LoraLinear:
+    """Stacked projections `[out, in]` of one input, in one buffer.
+
+    Args:
+        out_features, in_features: of the stack. branches: adapters, in any number. bias: `[out]` or None.
+        dtype, device: of the computation.
+
+    Attributes:
+        weight: `[out, in]`, a part of the buffer for the caller to fill. rank: columns that the adapters take.
+    """
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        branches: list[Branch],
+        *,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.out_features, self.in_features, self.branches, self.bias = out_features, in_features, branches, bias
+        total = sum(one.a.shape[0] for one in branches)
+        self.rank = -(-total // _RANK_MULTIPLE) * _RANK_MULTIPLE
+        self._buffer = torch.empty(out_features + self.rank, in_features + self.rank, dtype=dtype, device=device)
+        self.weight = self._buffer[:out_features, :in_features]
+        self._a, self._b = self._buffer[out_features:, :in_features], self._buffer[:out_features, in_features:]
+        if self.rank:
+            self._b.zero_()
+            self._a[total:].zero_()
+        column = 0
+        for one in branches:
+            stop = column + one.a.shape[0]
+            self._a[column:stop].copy_(one.a)
+            b = one.b.to(torch.promote_types(one.b.dtype, dtype))
+            self._b[one.start : one.start + b.shape[0], column:stop].copy_(b * one.scale)
+            column = stop
+
+    def inputs(self, x: torch.Tensor | int) -> torch.Tensor:
+        """`xs` `[N, in + rank]` for `x` `[N, in]`; for a number of rows, a buffer whose columns `:in` are to be filled,
+        and then `complete_inputs` called."""
+        count = x if isinstance(x, int) else x.shape[0]
+        xs = self._buffer.new_empty(count, self.in_features + self.rank)
+        if not isinstance(x, int):
+            xs[:, : self.in_features].copy_(x)
+            self.complete_inputs(xs)
+        return xs
+
+    def complete_inputs(self, xs: torch.Tensor) -> None:
+        """Write `x·Aᵀ` into the last columns of `xs`."""
+        if self.rank:
+            torch.mm(xs[:, : self.in_features], self._a.t(), out=xs[:, self.in_features :])
+
+    def gradients(self, dy: torch.Tensor | int) -> torch.Tensor:
+        """`dys` `[N, out + rank]`, as `inputs` makes `xs`."""
+        count = dy if isinstance(dy, int) else dy.shape[0]
+        dys = self._buffer.new_empty(count, self.out_features + self.rank)
+        if not isinstance(dy, int):
+            dys[:, : self.out_features].copy_(dy)
+            self.complete_gradients(dys)
+        return dys
+
+    def complete_gradients(self, dys: torch.Tensor) -> None:
+        """Write `dy·sB` into the last columns of `dys`."""
+        if self.rank:
+            torch.mm(dys[:, : self.out_features], self._b, out=dys[:, self.out_features :])
+
+    def forward(self, xs: torch.Tensor, out: torch.Tensor | None = None, *, rows: slice | None = None) -> torch.Tensor:
+        """`y` `[N, out]`, or those of its columns that `rows` of the stack give; written to `out` where it is given."""
+        part = self._buffer[: self.out_features] if rows is None else self._buffer[rows]
+        if self.bias is None:
+            return torch.mm(xs, part.t(), out=out)
+        bias = self.bias if rows is None else self.bias[rows]
+        return torch.addmm(bias, xs, part.t(), out=out)
+
+    def add_forward(self, xs: torch.Tensor, into: torch.Tensor) -> None:
+        """Add `y` to `into` `[N, out]`, rounding once."""
+        into.addmm_(xs, self._buffer[: self.out_features].t())
+        if self.bias is not None:
+            into.add_(self.bias)
+
+    def backward(self, dys: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """`dx` `[N, in]`."""
+        return torch.mm(dys, self._buffer[:, : self.in_features], out=out)
+
+    def adapter_sums(self, dys: torch.Tensor, xs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This batch of rows' `[R, in]` and `[out, R]` sums, in float32 at least, for `adapter_gradients`.
+
+        They may be added up over batches of rows; the sum over all rows of a pack does not fit bfloat16.
+        """
+        d_a = _wide_product(dys[:, self.out_features :].t(), xs[:, : self.in_features])
+        d_b = _wide_product(dys[:, : self.out_features].t(), xs[:, self.in_features :])
+        return d_a, d_b
+
+    def adapter_gradients(self, sums: tuple[torch.Tensor, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Gradients of every branch's a and b."""
+        found, column = [], 0
+        for one in self.branches:
+            stop = column + one.a.shape[0]
+            found.append(
+                (sums[0][column:stop], sums[1][one.start : one.start + one.b.shape[0], column:stop] * one.scale)
+            )
+            column = stop
+        return found
+
+
+def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

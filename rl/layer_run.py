@@ -1,0 +1,284 @@
+"""One decoder layer on one pack: its forward pass, and its backward pass written by hand.
+
+The backward pass computes the layer once more and its gradients beside that:
+- rows pass the output projection and the MLP in tiles, whose intermediates never exist for the whole pack;
+- attention runs by groups of KV heads, which are independent of each other, from its stored or recomputed output and
+  log-sum-exp: its forward pass is never run for the sake of a graph;
+- a 4-bit weight is dequantised once, for the recomputation and for its gradients together;
+- frozen weights get no gradient; LoRA's are summed over tiles in float32;
+- gradients are written over what they no longer need: those of queries, keys and values over these, dH over the
+  incoming gradient.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from tandem.kernels.packed_attention import PackLayout, attention_backward, attention_forward
+from tandem.rl.families import Layer, Norm
+from tandem.rl.layer_ops import (
+    LoraGrads,
+    Rope,
+    Weights,
+    glu,
+    glu_backward,
+    rms_norm,
+    rms_norm_backward,
+    rotated,
+    rotated_backward,
+    tiles,
+)
+
+
+class Attended(NamedTuple):
+    """Attention's output before its projection `[T, q]`, and the log-sum-exp of its scores `[query heads, T]`."""
+
+    output: torch.Tensor
+    lse: torch.Tensor
+
+
+class _Columns(NamedTuple):
+    """A group's columns of queries, keys, values in `[T, q + 2k]`, and its query heads."""
+
+    query: slice
+    key: slice
+    value: slice
+    heads: slice
+
+
+class LayerRun:
+    """One layer on one pack.
+
+    Args:
+        rope: cosines and sines of the pack's positions. tile_rows: rows that pass the MLP at a time.
+        groups: parts in which the KV heads are run; a divisor of their number.
+    """
+
+    def __init__(self, layer: Layer, rope: Rope, layout: PackLayout, *, tile_rows: int, groups: int) -> None:
+        self.layer, self.rope, self.layout, self.groups = layer, rope, layout, groups
+        self.tiles = tiles(rope[0].shape[0], tile_rows)
+        self.q_width = layer.query_heads * layer.head_dim
+        self.k_width = layer.kv_heads * layer.head_dim
+
+    def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, Attended]:
+        """`[T, d]` -> the layer's output `[T, d]`, and what attention gave on the way."""
+        layer, weights = self.layer, Weights(h.dtype)
+        attended = self.attend(h, weights)
+        weights.drop(layer.qkv)
+        out = torch.empty_like(h)
+        gate_up, down = weights.of(layer.gate_up), weights.of(layer.down)
+        for t in self.tiles:
+            self._middle(h[t], attended.output[t], weights, out[t])
+            _, both = self._gate_and_up(out[t], weights)
+            width = gate_up.out_features // 2
+            products = down.inputs(both.shape[0])
+            glu(both[:, :width], both[:, width : 2 * width], layer.activation, products[:, :width])
+            del both
+            down.complete_inputs(products)
+            if layer.mlp_post_norm is None:
+                down.add_forward(products, out[t])
+            else:
+                out[t] += rms_norm(down.forward(products), layer.mlp_post_norm)
+        return out, attended
+
+    def attend(self, h: torch.Tensor, weights: Weights) -> Attended:
+        """Attention's output and log-sum-exp for the layer's input."""
+        layer, rows = self.layer, h.shape[0]
+        output = h.new_empty(rows, self.q_width)
+        wide = torch.promote_types(h.dtype, torch.float32)
+        lse = torch.empty(layer.query_heads, rows, dtype=wide, device=h.device)
+        for group in self._columns():
+            width = self.q_width // self.groups
+            k_width = self.k_width // self.groups
+            raw = h.new_empty(rows, width + 2 * k_width)
+            own = _Columns(
+                slice(0, width), slice(width, width + k_width), slice(width + k_width, width + 2 * k_width), group.heads
+            )
+            for t in self.tiles:
+                self._project(self._attention_inputs(h[t], weights), group, weights, raw[t], own)
+            query, key, value = (self._by_head(raw[:, c]) for c in own[:3])
+            rotated(query, layer.query_norm, self.rope, query)
+            rotated(key, layer.key_norm, self.rope, key)
+            out, lse[group.heads] = self._attention(query, key, value)
+            self._by_head(output[:, group.query]).copy_(out)
+        return Attended(output, lse)
+
+    def backward(
+        self, h: torch.Tensor, attended: Attended | None, grad: torch.Tensor, grads: LoraGrads, *, need_input: bool
+    ) -> None:
+        """Turn `grad` `[T, d]`, the gradient of the output, into that of the input `h`, in place.
+
+        Args:
+            attended: what `forward` gave, where it was stored. need_input: without it `grad` is left useless, and only
+                `grads` is filled.
+        """
+        layer, weights = self.layer, Weights(h.dtype)
+        if attended is None:
+            attended = self.attend(h, weights)
+        d_output = torch.empty_like(attended.output)
+        for t in self.tiles:
+            self._rows_backward(h[t], attended.output[t], grad[t], d_output[t], weights, grads)
+        for block in (layer.output, layer.gate_up, layer.down):
+            grads.finish(block, weights.of(block))
+            weights.drop(block)
+        self._attention_backward(h, attended, d_output, grad, weights, grads, need_input=need_input)
+
+    def _middle(self, h: torch.Tensor, output: torch.Tensor, weights: Weights, out: torch.Tensor) -> tuple:
+        """The residual stream between the halves, in `out`; returns the projection's inputs, and its result where a
+        norm stands behind it."""
+        block, norm = weights.of(self.layer.output), self.layer.attention_post_norm
+        xs = block.inputs(output)
+        if norm is None:
+            out.copy_(h)
+            block.add_forward(xs, out)
+            return xs, None
+        projected = block.forward(xs)
+        torch.add(h, rms_norm(projected, norm), out=out)
+        return xs, projected
+
+    def _gate_and_up(self, middle: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+        """The MLP's inputs, and gate and up side by side in a buffer for their gradients."""
+        block = weights.of(self.layer.gate_up)
+        xs = block.inputs(middle.shape[0])
+        rms_norm(middle, self.layer.mlp_norm, out=xs[:, : block.in_features])
+        block.complete_inputs(xs)
+        both = block.gradients(middle.shape[0])
+        block.forward(xs, both[:, : block.out_features])
+        return xs, both
+
+    def _rows_backward(self, h, output, grad, d_output, weights: Weights, grads: LoraGrads) -> None:
+        """Output projection and MLP of some rows: `grad` becomes the gradient of `h` along the residual stream, and
+        `d_output` that of attention's output."""
+        layer = self.layer
+        proj, gate_up, down = weights.of(layer.output), weights.of(layer.gate_up), weights.of(layer.down)
+        middle = torch.empty_like(h)
+        outputs, projected = self._middle(h, output, weights, middle)
+        xs, both = self._gate_and_up(middle, weights)
+        width = gate_up.out_features // 2
+        gate, up = both[:, :width], both[:, width : 2 * width]
+        products = down.inputs(h.shape[0])
+        product = products[:, :width]
+        d_down = grad
+        if layer.mlp_post_norm is not None:
+            glu(gate, up, layer.activation, product)
+            down.complete_inputs(products)
+            d_down = rms_norm_backward(grad, down.forward(products), layer.mlp_post_norm)
+        dys = down.gradients(d_down)
+        down.backward(dys, product)
+        # Leaves the product itself where its gradient was.
+        glu_backward(product, gate, up, layer.activation)
+        down.complete_inputs(products)
+        grads.add(layer.down, down, dys, products)
+        del products, product, dys
+        gate_up.complete_gradients(both)
+        grads.add(layer.gate_up, gate_up, both, xs)
+        dx = gate_up.backward(both)
+        del both, gate, up, xs
+        rms_norm_backward(dx, middle, layer.mlp_norm, into=grad)
+        d_projected = grad
+        if layer.attention_post_norm is not None:
+            d_projected = rms_norm_backward(grad, projected, layer.attention_post_norm)
+        dys = proj.gradients(d_projected)
+        grads.add(layer.output, proj, dys, outputs)
+        proj.backward(dys, d_output)
+
+    def _attention_backward(
+        self, h, attended: Attended, d_output, grad, weights: Weights, grads: LoraGrads, *, need_input: bool
+    ) -> None:
+        """Add to `grad` what reaches `h` through attention."""
+        layer, block = self.layer, weights.of(self.layer.qkv)
+        # Queries, keys and values, and group by group their gradients.
+        both = block.gradients(h.shape[0])
+        # One group needs each row's inputs twice at short distance; several groups need them again and again.
+        kept: list[torch.Tensor] = []
+        for group in self._columns():
+            for t in self.tiles:
+                xs = self._attention_inputs(h[t], weights)
+                self._project(xs, group, weights, both[t], group)
+                if self.groups == 1:
+                    kept.append(xs)
+                del xs
+            self._group_backward(group, both, attended, d_output)
+        for i, t in enumerate(self.tiles):
+            xs = kept[i] if kept else self._attention_inputs(h[t], weights)
+            block.complete_gradients(both[t])
+            grads.add(layer.qkv, block, both[t], xs)
+            if need_input:
+                rms_norm_backward(block.backward(both[t]), h[t], layer.attention_norm, into=grad[t])
+        grads.finish(layer.qkv, block)
+
+    def _group_backward(self, group: _Columns, both: torch.Tensor, attended: Attended, d_output: torch.Tensor) -> None:
+        """Turn the group's columns of `both` from queries, keys and values into their gradients."""
+        layer = self.layer
+        raw_query, raw_key, value = (self._by_head(both[:, c]) for c in group[:3])
+        query = rotated(raw_query, layer.query_norm, self.rope, torch.empty_like(raw_query, memory_format=CONTIGUOUS))
+        key = rotated(raw_key, layer.key_norm, self.rope, torch.empty_like(raw_key, memory_format=CONTIGUOUS))
+        d_query, d_key, d_value = attention_backward(
+            self._by_head(d_output[:, group.query]),
+            query,
+            key,
+            value,
+            self._by_head(attended.output[:, group.query]),
+            attended.lse[group.heads],
+            self.layout,
+            scale=layer.scale,
+            window=layer.window,
+            softcap=layer.softcap,
+        )
+        rotated_backward(d_query, raw_query, layer.query_norm, self.rope)
+        rotated_backward(d_key, raw_key, layer.key_norm, self.rope)
+        value.copy_(d_value)
+
+    def _attention(self, query, key, value) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = self.layer
+        return attention_forward(
+            query, key, value, self.layout, scale=layer.scale, window=layer.window, softcap=layer.softcap
+        )
+
+    def _attention_inputs(self, h: torch.Tensor, weights: Weights) -> torch.Tensor:
+        block = weights.of(self.layer.qkv)
+        xs = block.inputs(h.shape[0])
+        rms_norm(h, self.layer.attention_norm, out=xs[:, : block.in_features])
+        block.complete_inputs(xs)
+        return xs
+
+    def _project(self, xs, group: _Columns, weights: Weights, into: torch.Tensor, columns: _Columns) -> None:
+        """A group's queries, keys and values of some rows, into the given columns."""
+        block = weights.of(self.layer.qkv)
+        if self.groups == 1:  # they lie side by side in the stack as well
+            block.forward(xs, into[:, : block.out_features])
+            return
+        for rows, target in zip(group[:3], columns[:3], strict=True):
+            block.forward(xs, into[:, target], rows=rows)
+
+    def _columns(self) -> list[_Columns]:
+        q, k = self.q_width // self.groups, self.k_width // self.groups
+        heads = self.layer.query_heads // self.groups
+        found = []
+        for g in range(self.groups):
+            key = self.q_width + g * k
+            value = key + self.k_width
+            found.append(
+                _Columns(
+                    slice(g * q, (g + 1) * q),
+                    slice(key, key + k),
+                    slice(value, value + k),
+                    slice(g * heads, (g + 1) * heads),
+                )
+            )
+        return found
+
+    def _by_head(self, columns: torch.Tensor) -> torch.Tensor:
+        return columns.unflatten(1, (-1, self.layer.head_dim))
+
+
+CONTIGUOUS = torch.contiguous_format
+
+
+def normed(h: torch.Tensor, norm: Norm, tile_rows: int) -> torch.Tensor:
+    out = torch.empty_like(h)
+    for t in tiles(h.shape[0], tile_rows):
+        rms_norm(h[t], norm, out=out[t])
+    return out
