@@ -9,7 +9,6 @@ Weights are random, so nothing can be said of learning with them.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
 SHAPES = {
@@ -47,7 +46,7 @@ def main() -> None:
 
 def make(shape: str, target: Path, dtype: str, layers: int | None) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers import BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
 
     sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
     config = Qwen3Config(
@@ -57,24 +56,36 @@ def make(shape: str, target: Path, dtype: str, layers: int | None) -> None:
     with torch.device("cuda"):
         model = Qwen3ForCausalLM(config)
     torch.set_default_dtype(torch.float32)
-    tokenizer(config.vocab_size).save_pretrained(target)
-    if dtype == "bf16":
-        model.save_pretrained(target, max_shard_size="4GB")
-        return
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        model.save_pretrained(folder, max_shard_size="4GB")
-        del model
-        torch.cuda.empty_cache()
-        nf4 = BitsAndBytesConfig(
+    if dtype == "nf4":
+        quantise(model)
+        model.config.quantization_config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-        quantised = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, device_map={"": 0}, quantization_config=nf4
-        )
-    quantised.save_pretrained(target, max_shard_size="4GB")
+    model.save_pretrained(target, max_shard_size="4GB")
+    tokenizer(config.vocab_size).save_pretrained(target)
+
+
+def quantise(model) -> None:
+    """Turn the decoder's linear layers into bitsandbytes' one by one, so that a model that fits in bfloat16 will do."""
+    import torch
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for layer in model.model.layers:
+        for module in list(layer.modules()):
+            for name, child in list(module.named_children()):
+                if type(child) is not torch.nn.Linear:
+                    continue
+                made = Linear4bit(1, 1, bias=False, compute_dtype=child.weight.dtype, quant_type="nf4")
+                made.in_features, made.out_features = child.in_features, child.out_features
+                device, weight = child.weight.device, child.weight.data.cpu()
+                setattr(module, name, made)
+                del child
+                made.weight = Params4bit(
+                    weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
+                ).to(device)
 
 
 def tokenizer(vocab_size: int):

@@ -50,15 +50,28 @@ def _flash_on(device: torch.device) -> bool:
 
 def cudnn_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, causal: bool) -> bool:
     """Whether cuDNN computes forward and backward of `[n, H, D]` tensors, and nobody switched it off."""
+    # Wider heads have come to cuDNN lately, and not to every card: flash takes them.
+    if query.shape[-1] > 128 or not torch.backends.cuda.cudnn_sdp_enabled():
+        return False
+    return _cudnn_can(
+        query.shape[0], key.shape[0], query.shape[1], key.shape[1], query.shape[2], query.dtype, query.device, causal,
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _cudnn_can(
+    rows: int, keys: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device, causal: bool,
+    deterministic: bool,
+) -> bool:  # fmt: skip
+    """PyTorch's own answer, which it takes long to give: hence by sizes, and once."""
     from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
-    # Wider heads have come to cuDNN lately, and not to every card: flash takes them.
-    if query.shape[-1] > 128:
-        return False
-    grouped = query.shape[1] != key.shape[1]
-    q, k, v = (_batched(x) for x in (query, key, value))
+    del deterministic  # it is asked for by PyTorch, and stands here as a part of the key
+    q = torch.empty(1, heads, rows, dim, dtype=dtype, device=device)
+    k = torch.empty(1, kv_heads, keys, dim, dtype=dtype, device=device)
     # PyTorch's type stub knows no constructor.
-    return bool(can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, causal, grouped)))  # type: ignore[call-arg]
+    return bool(can_use_cudnn_attention(SDPAParams(q, k, k, None, 0.0, causal, heads != kv_heads)))  # type: ignore[call-arg]
 
 
 def cudnn_forward(

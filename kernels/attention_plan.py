@@ -151,7 +151,8 @@ def _plan(families: list[Family], window: int | None, device: torch.device) -> P
             short.clear()
 
     for index, family in enumerate(families):
-        if family.children and window is not None and window < family.span:
+        # Flash attention's backward pass gives infinities for a window of a single token.
+        if window == 1 or (family.children and window is not None and window < family.span):
             flush()
             blocked.append(index)
             continue
@@ -295,20 +296,25 @@ def _merge_triton(
 ) -> None:
     count, heads, dim = other.shape
     index, start = (rows, 0) if isinstance(rows, torch.Tensor) else (None, rows.start)
+    # The kernel must not write what it reads: threads that share a value would see the new one.
+    first = lse[:, rows]
+    total = torch.logaddexp(first, other_lse)
     _merge_kernel[(triton.cdiv(count, 16), heads)](
-        out, lse, other, other_lse, index, start, count, dim,
-        out.stride(0), out.stride(1), lse.stride(0), lse.stride(1),
+        out, first, total, other, other_lse, index, start, count, dim,
+        out.stride(0), out.stride(1), first.stride(0), first.stride(1), total.stride(0), total.stride(1),
         other.stride(0), other.stride(1), other_lse.stride(0), other_lse.stride(1),
         INDEXED=index is not None, ROWS=16, BLOCK=triton.next_power_of_2(dim), num_warps=4,
     )  # fmt: skip
+    lse[:, rows] = total
 
 
 if triton is not None:
 
     @triton.jit
     def _merge_kernel(
-        out, lse, other, other_lse, index, start, count, dim,
-        out_row, out_head, lse_head, lse_row, other_row, other_head, other_lse_head, other_lse_row,
+        out, first_lse, total_lse, other, other_lse, index, start, count, dim,
+        out_row, out_head, first_head, first_row, total_head, total_row,
+        other_row, other_head, other_lse_head, other_lse_row,
         INDEXED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         # Rows × heads × dim passes 2³¹ at 524K rows of 4096.
@@ -319,12 +325,9 @@ if triton is not None:
             at = tl.load(index + row, mask=live, other=0)
         else:
             at = row + start
-        own_lse = lse + head * lse_head + at * lse_row
-        first = tl.load(own_lse, mask=live, other=0.0)
+        first = tl.load(first_lse + head * first_head + row * first_row, mask=live, other=0.0)
         second = tl.load(other_lse + head * other_lse_head + row * other_lse_row, mask=live, other=0.0)
-        top = tl.maximum(first, second)
-        total = top + tl.log(tl.exp(first - top) + tl.exp(second - top))
-        tl.store(own_lse, total, mask=live)
+        total = tl.load(total_lse + head * total_head + row * total_row, mask=live, other=0.0)
         column = tl.arange(0, BLOCK)
         inside = live[:, None] & (column < dim)[None, :]
         target = out + (at * out_row + head * out_head)[:, None] + column[None, :]

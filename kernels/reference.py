@@ -176,3 +176,74 @@ def nf4_into(out: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, bloc
         values = (pairs[piece.int()] * scale).view(-1)
         target = out[2 * start : 2 * start + values.numel()]
         target.copy_(values[: target.numel()])
+
+
+def tempered(
+    raw: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    vocab: int,
+) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """`[N, ≥ vocab]` products of hidden states and head -> `[N, vocab]` logits z, and dz/draw: a number if uncapped."""
+    z = wide(raw[:, :vocab])
+    if bias is not None:
+        z = z + wide(bias[:vocab])
+    if scale != 1.0:
+        z = z * scale
+    slope: torch.Tensor | float = scale / temperature
+    if softcap is not None:
+        bent = torch.tanh(z / softcap)
+        z, slope = softcap * bent, (1 - bent.square()) * slope
+    return (z if temperature == 1.0 else z / temperature), slope
+
+
+def token_scores(
+    z: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log-prob of the target, log-sum-exp, entropy and mean of every row of logits.
+
+    A logit of −inf has probability 0 and adds nothing to the entropy. A row of nothing else is no distribution: its
+    log-prob and log-sum-exp are −inf, its entropy 0.
+    """
+    # Both sums relative to the largest logit: at logits of 10⁴ lse − E[z] would lose all but the first digits.
+    top = z.amax(-1, keepdim=True)
+    shifted = z - top.masked_fill_(top == -torch.inf, 0.0)
+    weight = shifted.exp()
+    total = weight.sum(-1)
+    log_total = total.log()
+    spread = shifted.masked_fill_(weight == 0, 0.0).mul_(weight).sum(-1) / total
+    entropy = (log_total - spread).masked_fill_(total == 0, 0.0)
+    at_target = z.gather(-1, targets[:, None])[:, 0]
+    log_probs = (at_target - top[:, 0] - log_total).masked_fill_(at_target == -torch.inf, -torch.inf)
+    return log_probs, top[:, 0] + log_total, entropy, z.mean(-1)
+
+
+def token_scores_grad(
+    z: torch.Tensor,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_log_probs: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    grad_mean: torch.Tensor | None,
+) -> torch.Tensor:
+    """dz = g·(1_y − p) − g_H·p·(log p + H) + g_lse·p + g_mean/V; None: nobody differentiated that output."""
+    log_p = z - lse.masked_fill(lse == -torch.inf, 0.0)[:, None]
+    p = log_p.exp()
+    factor = torch.zeros_like(lse)[:, None]
+    if grad_log_probs is not None:
+        factor = factor - grad_log_probs[:, None]
+    if grad_lse is not None:
+        factor = factor + grad_lse[:, None]
+    if grad_entropy is not None:
+        surprise = log_p.masked_fill_(p == 0, 0.0).add_(entropy[:, None])
+        factor = factor - grad_entropy[:, None] * surprise
+    dz = p.mul_(factor)
+    if grad_log_probs is not None:
+        dz.scatter_add_(-1, targets[:, None], grad_log_probs[:, None])
+    if grad_mean is not None:
+        dz += grad_mean[:, None] / z.shape[-1]
+    return dz

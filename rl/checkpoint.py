@@ -8,7 +8,6 @@ import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tandem.rl.errors import UserError
 from tandem.rl.lora import load_adapter, save_adapter, trainable
 from tandem.rl.model import LanguageModel
+from tandem.rl.optim import optimizer_tensors, restore_optimizer
 
 _NAME = re.compile(r"step_(\d+)$")
 
@@ -51,7 +51,8 @@ def save_checkpoint(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     save_adapter(lm, beside)
-    save_file(_optimizer_tensors(lm, optimizer) | _random_state(), beside / "optimizer.safetensors")
+    tensors = optimizer_tensors(optimizer, trainable(lm))
+    save_file(tensors | _random_state(), beside / "optimizer.safetensors")
     (beside / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
     for path in beside.iterdir():
         _sync(path)
@@ -106,26 +107,7 @@ def restore(checkpoint: Path, lm: LanguageModel, optimizer: torch.optim.Optimize
     torch.set_rng_state(saved.pop("random/cpu"))
     if (cuda := saved.pop("random/cuda", None)) is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
-    parameters = dict(trainable(lm))
-    for key, tensor in saved.items():
-        name, _, entry = key.rpartition("/")
-        if name not in parameters:
-            raise UserError(
-                f"the checkpoint {checkpoint} has optimiser state for {name!r}, which is no parameter of this adapter",
-                fix="resume with the lora section that the run was started with",
-            )
-        # AdamW keeps its step count on the host, and moments where the parameter lives.
-        place = tensor.device if tensor.ndim == 0 else parameters[name].device
-        optimizer.state[parameters[name]][entry] = tensor.to(place)
-
-
-def _optimizer_tensors(lm: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for name, parameter in trainable(lm):
-        for entry, value in optimizer.state.get(parameter, {}).items():
-            tensor: Any = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-            tensors[f"{name}/{entry}"] = tensor.detach().cpu().contiguous().clone()
-    return tensors
+    restore_optimizer(optimizer, trainable(lm), saved)
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tandem.rl import distributed
 from tandem.rl.checkpoint import State, latest_checkpoint, read_state, restore
+from tandem.rl.checkpoint_offload import CheckpointedLayers
 from tandem.rl.config import Config
 from tandem.rl.config_file import save_config
 from tandem.rl.console import Console
@@ -22,7 +23,7 @@ from tandem.rl.fused_layer import FusedLayers, Plan
 from tandem.rl.inputs import Inputs, prepare
 from tandem.rl.journal import drop_after, write_rollouts
 from tandem.rl.lora import attach_lora, load_adapter, trainable
-from tandem.rl.model import LanguageModel, load_model
+from tandem.rl.model import LanguageModel, check_packing, load_model
 from tandem.rl.optim import make_optimizer
 from tandem.rl.report import write_report
 from tandem.rl.trackers import NoTrackers, Trackers
@@ -214,10 +215,9 @@ def _open_model(
 
     lm = load_model(config.model, inputs.tokenizer)
     attach_lora(lm, config.lora, seed=config.seed)
-    if not _attach_fused_layers(lm, config, console):
-        wanted = config.train.gradient_checkpointing
-        if wanted or (wanted is None and lm.device.type == "cuda"):
-            lm.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    _attach_fused_layers(lm, config, console)
+    if lm.fused is None:
+        check_packing(lm)
     stop = stop_token_ids(lm.tokenizer, lm.causal_lm.generation_config, config.rollout.stop_token_ids)
     return lm, TransformersEngine(lm, max_in_flight=config.rollout.max_in_flight), stop
 
@@ -233,20 +233,30 @@ def _with_free_folder(config: Config, console: Console) -> Config:
     return config.model_copy(update={"run_name": name})
 
 
-def _attach_fused_layers(lm: LanguageModel, config: Config, console: Console) -> bool:
-    """Whether packs go through the fused layers. Where they cannot and were not asked for, the reason is said once."""
-    train = config.train
-    if train.fused_layers is False or (train.fused_layers is None and lm.device.type != "cuda"):
-        return False
-    plan = Plan(tile_rows=train.mlp_tile_rows, groups=train.kv_head_groups, attention=train.attention_memory)
-    try:
-        FusedLayers(plan, offload=train.offload_activations).attach(lm)
-    except UserError as error:
-        if train.fused_layers:
-            raise
-        console.warn(f"training through the model's own forward, which needs several times the memory: {error.problem}")
-        return False
-    return True
+def _attach_fused_layers(lm: LanguageModel, config: Config, console: Console) -> None:
+    """Send packs through the fused layers, or through the model's own, recomputed in the backward pass.
+
+    Where fused layers cannot be had and were not asked for, what happens instead and the reason are said once.
+    """
+    train, on_gpu = config.train, lm.device.type == "cuda"
+    refusal = None
+    if train.fused_layers or (train.fused_layers is None and on_gpu):
+        plan = Plan(tile_rows=train.mlp_tile_rows, groups=train.kv_head_groups, attention=train.attention_memory)
+        try:
+            FusedLayers(plan, offload=train.offload_activations).attach(lm)
+            return
+        except UserError as error:
+            if train.fused_layers:
+                raise
+            refusal = error.problem
+    recompute = train.gradient_checkpointing
+    if recompute is None:
+        recompute = (on_gpu or bool(train.offload_activations)) and lm.causal_lm.supports_gradient_checkpointing
+    if recompute:
+        CheckpointedLayers(offload=train.offload_activations).attach(lm)
+    if refusal:
+        how = "layers recomputed in the backward pass" if recompute else "every layer's activations kept"
+        console.warn(f"training through the model's own forward, {how}, which needs more memory and time: {refusal}")
 
 
 def _adapter_folder(run_dir: Path) -> Path:

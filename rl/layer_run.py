@@ -39,15 +39,6 @@ class Attended(NamedTuple):
     lse: torch.Tensor
 
 
-class _Columns(NamedTuple):
-    """A group's columns of queries, keys, values in `[T, q + 2k]`, and its query heads."""
-
-    query: slice
-    key: slice
-    value: slice
-    heads: slice
-
-
 class LayerRun:
     """One layer on one pack.
 
@@ -85,24 +76,22 @@ class LayerRun:
 
     def attend(self, h: torch.Tensor, weights: Weights) -> Attended:
         """Attention's output and log-sum-exp for the layer's input."""
-        layer, rows = self.layer, h.shape[0]
+        layer, block, rows = self.layer, weights.of(self.layer.qkv), h.shape[0]
+        raw = h.new_empty(rows, block.out_features)
+        for t in self.tiles:
+            block.forward(self._attention_inputs(h[t], weights), raw[t])
+        query, key, value = self._heads(raw)
+        rotated(query, layer.query_norm, self.rope, query)
+        rotated(key, layer.key_norm, self.rope, key)
+        if self.groups == 1:
+            out, lse = self._attention(query, key, value)
+            return Attended(out.flatten(1), lse)
         output = h.new_empty(rows, self.q_width)
         wide = torch.promote_types(h.dtype, torch.float32)
         lse = torch.empty(layer.query_heads, rows, dtype=wide, device=h.device)
-        for group in self._columns():
-            width = self.q_width // self.groups
-            k_width = self.k_width // self.groups
-            raw = h.new_empty(rows, width + 2 * k_width)
-            own = _Columns(
-                slice(0, width), slice(width, width + k_width), slice(width + k_width, width + 2 * k_width), group.heads
-            )
-            for t in self.tiles:
-                self._project(self._attention_inputs(h[t], weights), group, weights, raw[t], own)
-            query, key, value = (self._by_head(raw[:, c]) for c in own[:3])
-            rotated(query, layer.query_norm, self.rope, query)
-            rotated(key, layer.key_norm, self.rope, key)
-            out, lse[group.heads] = self._attention(query, key, value)
-            self._by_head(output[:, group.query]).copy_(out)
+        for q, k in self._groups():
+            out, lse[q] = self._attention(query[:, q], key[:, k], value[:, k])
+            self._by_head(output)[:, q].copy_(out)
         return Attended(output, lse)
 
     def backward(
@@ -191,16 +180,20 @@ class LayerRun:
         layer, block = self.layer, weights.of(self.layer.qkv)
         # Queries, keys and values, and group by group their gradients.
         both = block.gradients(h.shape[0])
-        # One group needs each row's inputs twice at short distance; several groups need them again and again.
+        # Where memory does not matter a row's inputs, which are wanted twice, are kept.
         kept: list[torch.Tensor] = []
-        for group in self._columns():
-            for t in self.tiles:
-                xs = self._attention_inputs(h[t], weights)
-                self._project(xs, group, weights, both[t], group)
-                if self.groups == 1:
-                    kept.append(xs)
-                del xs
-            self._group_backward(group, both, attended, d_output)
+        for t in self.tiles:
+            xs = self._attention_inputs(h[t], weights)
+            block.forward(xs, both[t][:, : block.out_features])
+            if self.groups == 1:
+                kept.append(xs)
+            del xs
+        heads = self._heads(both)
+        for q, k in self._groups():
+            self._group_backward(
+                heads[0][:, q], heads[1][:, k], heads[2][:, k],
+                self._by_head(attended.output)[:, q], attended.lse[q], self._by_head(d_output)[:, q],
+            )  # fmt: skip
         for i, t in enumerate(self.tiles):
             xs = kept[i] if kept else self._attention_inputs(h[t], weights)
             block.complete_gradients(both[t])
@@ -209,24 +202,15 @@ class LayerRun:
                 rms_norm_backward(block.backward(both[t]), h[t], layer.attention_norm, into=grad[t])
         grads.finish(layer.qkv, block)
 
-    def _group_backward(self, group: _Columns, both: torch.Tensor, attended: Attended, d_output: torch.Tensor) -> None:
-        """Turn the group's columns of `both` from queries, keys and values into their gradients."""
+    def _group_backward(self, raw_query, raw_key, value, output, lse, d_output) -> None:
+        """Turn a group's queries, keys and values into their gradients, in place. All `[T, heads, D]`."""
         layer = self.layer
-        raw_query, raw_key, value = (self._by_head(both[:, c]) for c in group[:3])
-        query = rotated(raw_query, layer.query_norm, self.rope, torch.empty_like(raw_query, memory_format=CONTIGUOUS))
-        key = rotated(raw_key, layer.key_norm, self.rope, torch.empty_like(raw_key, memory_format=CONTIGUOUS))
+        query = rotated(raw_query, layer.query_norm, self.rope, _like(raw_query))
+        key = rotated(raw_key, layer.key_norm, self.rope, _like(raw_key))
         d_query, d_key, d_value = attention_backward(
-            self._by_head(d_output[:, group.query]),
-            query,
-            key,
-            value,
-            self._by_head(attended.output[:, group.query]),
-            attended.lse[group.heads],
-            self.layout,
-            scale=layer.scale,
-            window=layer.window,
-            softcap=layer.softcap,
-        )
+            d_output, query, key, value, output, lse,
+            self.layout, scale=layer.scale, window=layer.window, softcap=layer.softcap,
+        )  # fmt: skip
         rotated_backward(d_query, raw_query, layer.query_norm, self.rope)
         rotated_backward(d_key, raw_key, layer.key_norm, self.rope)
         value.copy_(d_value)
@@ -244,37 +228,22 @@ class LayerRun:
         block.complete_inputs(xs)
         return xs
 
-    def _project(self, xs, group: _Columns, weights: Weights, into: torch.Tensor, columns: _Columns) -> None:
-        """A group's queries, keys and values of some rows, into the given columns."""
-        block = weights.of(self.layer.qkv)
-        if self.groups == 1:  # they lie side by side in the stack as well
-            block.forward(xs, into[:, : block.out_features])
-            return
-        for rows, target in zip(group[:3], columns[:3], strict=True):
-            block.forward(xs, into[:, target], rows=rows)
+    def _groups(self) -> list[tuple[slice, slice]]:
+        """Query and KV heads of each group."""
+        q, k = self.layer.query_heads // self.groups, self.layer.kv_heads // self.groups
+        return [(slice(g * q, (g + 1) * q), slice(g * k, (g + 1) * k)) for g in range(self.groups)]
 
-    def _columns(self) -> list[_Columns]:
-        q, k = self.q_width // self.groups, self.k_width // self.groups
-        heads = self.layer.query_heads // self.groups
-        found = []
-        for g in range(self.groups):
-            key = self.q_width + g * k
-            value = key + self.k_width
-            found.append(
-                _Columns(
-                    slice(g * q, (g + 1) * q),
-                    slice(key, key + k),
-                    slice(value, value + k),
-                    slice(g * heads, (g + 1) * heads),
-                )
-            )
-        return found
+    def _heads(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values `[T, heads, D]` of `[T, q + 2k (+ more)]`."""
+        q, k = self.q_width, self.k_width
+        return tuple(self._by_head(columns[:, a:b]) for a, b in ((0, q), (q, q + k), (q + k, q + 2 * k)))  # type: ignore[return-value]
 
     def _by_head(self, columns: torch.Tensor) -> torch.Tensor:
         return columns.unflatten(1, (-1, self.layer.head_dim))
 
 
-CONTIGUOUS = torch.contiguous_format
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def normed(h: torch.Tensor, norm: Norm, tile_rows: int) -> torch.Tensor:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from tandem.rl.samples import Scored
 
 How = Literal["mean", "sum", "min", "max", "std"]
@@ -22,13 +24,31 @@ class _Series:
     how: How
     values: array[float] = field(default_factory=lambda: array("d"))
     weights: array[float] = field(default_factory=lambda: array("d"))
+    waiting: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def take(self, name: str, values: Any, weight: Any) -> None:
+        numbers = _numbers(values)
+        if weight is None:
+            self.values.extend(numbers)
+            self.weights.extend([1.0] * len(numbers))
+            return
+        weights = _weights(name, weight, len(numbers))
+        kept = [(v, w) for v, w in zip(numbers, weights, strict=True) if w != 0.0]
+        self.values.extend(v for v, _ in kept)
+        self.weights.extend(w for _, w in kept)
+
+    def settle(self, name: str) -> None:
+        for values, weight in self.waiting:
+            self.take(name, values, weight)
+        self.waiting.clear()
 
 
 class Meter:
     """Named statistics, fed pack by pack, whose result does not depend on how the data was cut into packs.
 
     Values are kept in float64 (16 bytes each with their weight) until `result`, and sums are correctly rounded
-    (`math.fsum`), so that the order and the number of the calls change no bit of the outcome.
+    (`math.fsum`), so that the order and the number of the calls change no bit of the outcome. Tensors on a GPU are
+    read when a result is asked for (`settle`).
     """
 
     def __init__(self) -> None:
@@ -53,18 +73,21 @@ class Meter:
         series = self._series.setdefault(name, _Series(how))
         if series.how != how:
             raise ValueError(f"metric {name!r} was added with how={series.how!r} before and now with how={how!r}")
-        numbers = _numbers(values)
-        if weight is None:
-            series.values.extend(numbers)
-            series.weights.extend([1.0] * len(numbers))
-            return
-        weights = _weights(name, weight, len(numbers))
-        kept = [(v, w) for v, w in zip(numbers, weights, strict=True) if w != 0.0]
-        series.values.extend(v for v, _ in kept)
-        series.weights.extend(w for _, w in kept)
+        if getattr(values, "is_cuda", False):
+            # To read it now would wait for all that the device has been given to do.
+            series.waiting.append((values.detach(), weight))
+        else:
+            series.take(name, values, weight)
+
+    def settle(self) -> None:
+        """Read what is still on a device."""
+        for name, series in self._series.items():
+            series.settle(name)
 
     def absorb(self, other: Meter) -> None:
         """Take in everything that another meter holds, as if it had been added here."""
+        self.settle()
+        other.settle()
         for name, series in other._series.items():
             own = self._series.setdefault(name, _Series(series.how))
             own.values.extend(series.values)
@@ -72,6 +95,7 @@ class Meter:
 
     def result(self) -> dict[str, float]:
         """Every statistic by its name. Without any value a sum is 0 and everything else nan."""
+        self.settle()
         return {name: _statistic(series) for name, series in self._series.items()}
 
 
@@ -127,10 +151,11 @@ def _statistic(series: _Series) -> float:
 
 
 def _dot(values: Iterable[float], weights: Iterable[float]) -> float:
-    products = [v * w for v, w in zip(values, weights, strict=True)]
-    if all(math.isfinite(p) for p in products):
-        return math.fsum(products)
-    return sum(products)  # fsum refuses opposite infinities; the plain sum gives the nan that belongs there
+    with np.errstate(invalid="ignore", over="ignore"):
+        products = np.asarray(values, dtype=np.float64) * np.asarray(weights, dtype=np.float64)
+        if np.isfinite(products).all():
+            return math.fsum(products.tolist())
+        return float(products.sum())  # fsum refuses opposite infinities; the plain sum gives the nan that belongs there
 
 
 def rollout_metrics(rows: Sequence[Scored]) -> dict[str, float]:

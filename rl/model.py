@@ -7,20 +7,24 @@ the head is applied by `tandem.kernels.linear_logprob`, which never holds all lo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from tandem.kernels.linear_logprob import HeadOptions, head_logits
-from tandem.kernels.packed_attention import PackLayout, packed_attention
+from tandem.kernels.linear_logprob import HeadAdapter, HeadOptions, head_logits
+from tandem.kernels.packed_attention import Family, PackLayout, packed_attention
 from tandem.rl.config import ModelConfig
 from tandem.rl.distributed import local_rank
-from tandem.rl.errors import UserError
+from tandem.rl.errors import UserError, short
 from tandem.rl.weights import resolve_model
 
 PACKED = "tandem_packed"
+
+# The layout of the pack that this thread computes, for models that do not hand it on to their attention.
+_LAYOUT: ContextVar[PackLayout | None] = ContextVar("pack_layout", default=None)
 
 
 @dataclass
@@ -34,6 +38,7 @@ class LanguageModel:
         head: how logits follow from hidden states (scale and soft-cap; temperature is set by the caller).
         max_length: longest sequence in tokens.
         fused: layers with a hand-written backward pass that packs go through, once attached (`rl.fused_layer`).
+        checkpoints: recomputation of the model's own layers, once attached (`rl.checkpoint_offload`).
     """
 
     model: Any
@@ -43,6 +48,7 @@ class LanguageModel:
     head: HeadOptions
     max_length: int
     fused: Any = None
+    checkpoints: Any = None
 
     @property
     def causal_lm(self) -> Any:
@@ -56,23 +62,41 @@ class LanguageModel:
 
     @property
     def head_weight(self) -> torch.Tensor:
-        return self.causal_lm.get_output_embeddings().weight
+        """`[V, d]`, frozen; an adapter on the head is not in it."""
+        return self._base_head.weight
 
     @property
     def head_bias(self) -> torch.Tensor | None:
-        return getattr(self.causal_lm.get_output_embeddings(), "bias", None)
+        return getattr(self._base_head, "bias", None)
+
+    @property
+    def head_adapter(self) -> HeadAdapter | None:
+        """LoRA on the head as it stands now; None where there is none or it is switched off.
+
+        Raises:
+            UserError: the head's adapter is not plain LoRA, or has dropout.
+        """
+        head = self.causal_lm.get_output_embeddings()
+        return _lora_of(head) if hasattr(head, "lora_A") else None
+
+    @property
+    def _base_head(self) -> Any:
+        head = self.causal_lm.get_output_embeddings()
+        return head.get_base_layer() if hasattr(head, "lora_A") else head
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[N, d]` -> `[N, V]` float32 logits, soft-capped and scaled as the model does, temperature 1."""
-        return head_logits(hidden, self.head_weight, self.head_bias, self.head)
+        return head_logits(hidden, self.head_weight, self.head_bias, self.head, self.head_adapter)
 
     def packed_hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, layout: PackLayout) -> torch.Tensor:
         """Last hidden states `[T, d]` of a pack `[T]`. Must run inside `packed()`."""
         if self.fused is not None:
             return self.fused.hidden(input_ids, position_ids, layout)
-        out = self.backbone(
-            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, packed_layout=layout
-        )
+        saving = nullcontext() if self.checkpoints is None else self.checkpoints.saving(len(input_ids))
+        with saving, LayoutInUse(layout):
+            out = self.backbone(
+                input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, packed_layout=layout
+            )
         return out.last_hidden_state[0]
 
     @contextmanager
@@ -86,14 +110,30 @@ class LanguageModel:
             self.causal_lm.set_attn_implementation(before)
 
 
+def current_layout() -> PackLayout | None:
+    return _LAYOUT.get()
+
+
+class LayoutInUse:
+    """Packed attention goes by `layout` while this is open, in this thread. May be opened again."""
+
+    def __init__(self, layout: PackLayout | None) -> None:
+        self._layout = layout
+        self._tokens: list[Token[PackLayout | None]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_LAYOUT.set(self._layout))
+
+    def __exit__(self, *_error: object) -> None:
+        _LAYOUT.reset(self._tokens.pop())
+
+
 def load_model(config: ModelConfig, tokenizer: Any) -> LanguageModel:
     """Load the base model.
 
     Raises:
         UserError: the model cannot be found or loaded, or its head does something that we do not compute.
     """
-    from transformers import AutoModelForCausalLM
-
     _register_packed_attention()
     device = _device(config)
     dtype = _dtype(config, device)
@@ -104,13 +144,8 @@ def load_model(config: ModelConfig, tokenizer: Any) -> LanguageModel:
     if config.load_in_4bit or device.type == "cuda":
         options["device_map"] = {"": str(device)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=config.revision,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            trust_remote_code=config.trust_remote_code,
-            **options,
+        model = _from_pretrained(
+            source, revision=config.revision, dtype=dtype, trust_remote_code=config.trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
@@ -131,6 +166,25 @@ def load_model(config: ModelConfig, tokenizer: Any) -> LanguageModel:
     )
     _check_head(loaded)
     return loaded
+
+
+def _from_pretrained(source: str, **options: Any) -> Any:
+    """The model with SDPA, or with its own attention where SDPA cannot do what that does (soft-caps, sinks).
+
+    transformers left to choose would do the same, but for configs that name a package that may not be there.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="sdpa", **options)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", **options)
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        # Some versions of transformers let Gemma 2 have SDPA, which leaves the soft-cap out.
+        model.set_attn_implementation("eager")
+    return model
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -174,10 +228,11 @@ def _attention_for_transformers(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None, **kwargs
 ):
     """transformers' attention signature: `[1, H, T, D]` in, (`[1, T, H, D]`, no weights) out."""
-    layout = kwargs.get("packed_layout")
+    layout = kwargs.get("packed_layout") or current_layout()
     if layout is None:
         raise RuntimeError(
-            f"{type(module).__name__} does not pass keyword arguments on to its attention, which packing needs"
+            f"no pack's layout reached {type(module).__name__}, which does not pass keyword arguments on: packs must "
+            "go through LanguageModel.packed_hidden and be recomputed by CheckpointedLayers"
         )
     if kwargs.get("s_aux") is not None or dropout:
         raise RuntimeError(f"{type(module).__name__} uses attention sinks or dropout, which packing does not compute")
@@ -229,6 +284,34 @@ def _head_options(model: Any) -> HeadOptions:
     )
 
 
+def _lora_of(head: Any) -> HeadAdapter | None:
+    """The active adapter of a head that peft has wrapped.
+
+    Dropout is refused: it would act on the adapter's input, which is computed once for logits and gradient.
+    """
+    if head.merged:
+        raise _not_plain("has its adapter merged into the base weight", "an unmerged adapter")
+    active = [name for name in head.active_adapters if name in head.lora_A]
+    if head.disable_adapters or not active:
+        return None
+    if len(active) > 1:
+        raise _not_plain(f"has several active adapters, {short(active)}", "one adapter")
+    name = active[0]
+    if (rate := getattr(head.lora_dropout[name], "p", 0.0)) != 0:
+        raise _not_plain(f"has an adapter with lora_dropout {rate}", "lora.lora_dropout=0")
+    if name in getattr(head, "lora_variant", {}) or head.lora_B[name].bias is not None:
+        raise _not_plain("has a variant of LoRA or a bias in its adapter", "plain LoRA")
+    return HeadAdapter(head.lora_A[name].weight, head.lora_B[name].weight, float(head.scaling[name]))
+
+
+def _not_plain(what: str, fix: str) -> UserError:
+    return UserError(
+        f"the model's head {what}",
+        reason="log-probs are not computed with that",
+        fix=f"use {fix} there, or leave the head out of lora.target_modules",
+    )
+
+
 @torch.no_grad()
 def _check_head(loaded: LanguageModel) -> None:
     """Our head against the model's own on a few tokens: a model that does something else there is refused, not trained
@@ -236,6 +319,7 @@ def _check_head(loaded: LanguageModel) -> None:
     ids = torch.arange(1, 9, device=loaded.device)[None] % loaded.head_weight.shape[0]
     own = loaded.causal_lm(input_ids=ids, use_cache=False).logits[0].float()
     ours = loaded.logits(loaded.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+    own = own[:, : ours.shape[1]]
     error = (own.log_softmax(-1) - ours.log_softmax(-1)).abs().max().item()
     tolerance = 1e-3 if loaded.dtype == torch.float32 else 0.25
     if not error <= tolerance:
@@ -244,6 +328,38 @@ def _check_head(loaded: LanguageModel) -> None:
             f"(log-probs differ by {error:.3g})",
             reason="log-probs would not be the model's",
             fix="use a model whose head is linear, with an optional scale and soft-cap",
+        )
+
+
+@torch.no_grad()
+def check_packing(lm: LanguageModel) -> None:
+    """Two short sequences in one pack against the same alone, through the model's own forward.
+
+    Raises:
+        UserError: the model cannot run packs, or computes something else in them.
+    """
+    name, length = type(lm.causal_lm).__name__, 8
+    ids = torch.arange(1, 2 * length + 1, device=lm.device) % lm.head_weight.shape[0]
+    alone = [lm.backbone(input_ids=part[None], use_cache=False).last_hidden_state[0] for part in ids.split(length)]
+    layout = PackLayout([Family((0, length)), Family((length, 2 * length))])
+    fix = "use a model that attends through transformers' attention interface, without sinks or recurrent state"
+    try:
+        with lm.packed():
+            packed = lm.packed_hidden(ids, torch.arange(length, device=lm.device).repeat(2), layout).split(length)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{name} cannot run several sequences in one row: {_first_lines(error)}", fix=fix) from error
+    # The mean, because rounding can send a single token to another expert.
+    errors = [
+        ((a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1).clamp_min(1e-6)).mean().item()
+        for a, b in zip(packed, alone, strict=True)
+    ]
+    tolerance = 1e-3 if lm.dtype == torch.float32 else 0.1
+    if not all(error <= tolerance for error in errors):
+        raise UserError(
+            f"{name} computes something else when several sequences share a row (hidden states differ by "
+            f"{max(errors):.2g} of their size)",
+            reason="their tokens would see each other",
+            fix=fix,
         )
 
 

@@ -279,7 +279,8 @@ class TrainConfig(Section):
     logprob_chunk_size: Positive = 1024
     """Rows of logits that exist at a time; [rows × vocabulary] is the only logits buffer."""
     gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass of the model's own forward; None: on for a GPU, off for a CPU."""
+    """Without fused layers: recompute each layer in the backward pass from its input, which is kept where
+    offload_activations says; None: on a GPU, and wherever offload_activations is true."""
     fused_layers: bool | None = None
     """Run packs through layers with a hand-written backward pass, which need a fraction of the memory; None: on a GPU,
     where the model's family is described."""

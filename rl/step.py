@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import overload
 
 import torch
 
@@ -77,7 +78,9 @@ def pack_log_probs(lm: LanguageModel, pack: Pack, head: HeadOptions) -> TokenSco
     )
     rows = torch.tensor(pack.rows, device=lm.device)
     targets = torch.tensor(pack.targets, device=lm.device)
-    return linear_logprob(hidden[rows], lm.head_weight, targets, bias=lm.head_bias, options=head)
+    return linear_logprob(
+        hidden[rows], lm.head_weight, targets, bias=lm.head_bias, options=head, adapter=lm.head_adapter
+    )
 
 
 @torch.no_grad()
@@ -114,12 +117,19 @@ def policy_backward(
     entropy_tokens = sum(counts) if chosen is None else int(sum(c.sum() for c in chosen))
     with training_mode(lm):
         for pack in packs:
+            # All that is known goes to the device before the forward pass: a copy behind it would wait for its end.
+            known = _policy_tokens(pack, batch, weights, lm.device)
+            rollout = _joined([torch.tensor(x, dtype=torch.float64) for x in batch.rollout_log_probs], pack, lm.device)
+            chosen_here = _joined(chosen, pack, lm.device)
             log_probs, entropy, *_ = pack_log_probs(lm, pack, head)
-            tokens = _policy_tokens(pack, log_probs.detach(), batch, weights)
+            tokens = known(log_probs.detach())
+            correction, metrics = correction_weights(
+                tokens.old_log_probs, rollout, tokens.sequence, tokens.num_sequences, algorithm
+            )
             tokens = replace(
                 tokens,
-                correction=_correction(tokens, pack, batch, algorithm, meter),
-                chosen=None if chosen is None else torch.cat([chosen[i] for i in pack.sequences]),
+                correction=correction,
+                chosen=chosen_here,
                 entropy=entropy.detach(),
                 entropy_tokens=entropy_tokens,
             )
@@ -127,6 +137,7 @@ def policy_backward(
             grads = [(log_probs, value.grad), (entropy, value.entropy_grad)]
             roots = [(output, grad.to(output.dtype)) for output, grad in grads if grad is not None]
             torch.autograd.backward([r[0] for r in roots], [r[1] for r in roots])
+            _log_correction(metrics, meter)
             meter.add("loss", value.loss, how="sum")
             meter.add("entropy", entropy.detach())
             for name, values in value.metrics.items():
@@ -162,44 +173,53 @@ def supervised_backward(
             meter.add("entropy", entropy.detach())
 
 
-def _policy_tokens(pack: Pack, log_probs: torch.Tensor, batch: PolicyBatch, weights: list[float]) -> PolicyTokens:
-    counts = torch.tensor(pack.counts, device=log_probs.device)
+def _policy_tokens(
+    pack: Pack, batch: PolicyBatch, weights: list[float], device: torch.device
+) -> Callable[[torch.Tensor], PolicyTokens]:
+    """A pack's tokens, but for the log-probs that the step is about to compute."""
+    counts = torch.tensor(pack.counts, device=device)
 
     def per_token(values: list[float]) -> torch.Tensor:
-        chosen = torch.tensor([values[i] for i in pack.sequences], dtype=torch.float64, device=log_probs.device)
-        return chosen.repeat_interleave(counts)
+        chosen = torch.tensor([values[i] for i in pack.sequences], dtype=torch.float64, device=device)
+        return chosen.repeat_interleave(counts, output_size=sum(pack.counts))
 
-    def joined(values: list[torch.Tensor] | None) -> torch.Tensor | None:
-        return None if values is None else torch.cat([values[i] for i in pack.sequences])
+    old, ref = _joined(batch.old_log_probs, pack, device), _joined(batch.ref_log_probs, pack, device)
+    advantages, token_weight = per_token(batch.advantages), per_token(weights)
+    numbers = torch.arange(len(pack.counts), device=device)
+    sequence = numbers.repeat_interleave(counts, output_size=sum(pack.counts))
 
-    old = joined(batch.old_log_probs)
-    return PolicyTokens(
-        log_probs=log_probs,
-        old_log_probs=log_probs if old is None else old,
-        advantages=per_token(batch.advantages),
-        weights=per_token(weights),
-        sequence=torch.arange(len(pack.counts), device=log_probs.device).repeat_interleave(counts),
-        num_sequences=len(pack.counts),
-        ref_log_probs=joined(batch.ref_log_probs),
-    )
+    def complete(log_probs: torch.Tensor) -> PolicyTokens:
+        return PolicyTokens(
+            log_probs=log_probs,
+            old_log_probs=log_probs if old is None else old,
+            advantages=advantages,
+            weights=token_weight,
+            sequence=sequence,
+            num_sequences=len(pack.counts),
+            ref_log_probs=ref,
+        )
+
+    return complete
 
 
-def _correction(
-    tokens: PolicyTokens, pack: Pack, batch: PolicyBatch, algorithm: AlgorithmConfig, meter: Meter
-) -> torch.Tensor | None:
-    """The tokens' rollout correction; logs how far engine and trainer are apart, by TRL's names."""
-    rollout = torch.tensor(
-        [p for i in pack.sequences for p in batch.rollout_log_probs[i]],
-        dtype=torch.float64,
-        device=tokens.log_probs.device,
-    )
-    correction, metrics = correction_weights(
-        tokens.old_log_probs, rollout, tokens.sequence, tokens.num_sequences, algorithm
-    )
+@overload
+def _joined(values: list[torch.Tensor], pack: Pack, device: torch.device) -> torch.Tensor: ...
+
+
+@overload
+def _joined(values: list[torch.Tensor] | None, pack: Pack, device: torch.device) -> torch.Tensor | None: ...
+
+
+def _joined(values: list[torch.Tensor] | None, pack: Pack, device: torch.device) -> torch.Tensor | None:
+    """What is known by sequence, in the order of the pack's scored tokens."""
+    return None if values is None else torch.cat([values[i] for i in pack.sequences]).to(device)
+
+
+def _log_correction(metrics: dict[str, torch.Tensor], meter: Meter) -> None:
+    """How far engine and trainer are apart, by TRL's names."""
     for name, values in metrics.items():
         how: How = "min" if name.endswith("/min") else "max" if name.endswith("/max") else "mean"
         meter.add(name, values, how=how)
-    return correction
 
 
 def top_entropy_masks(entropies: list[torch.Tensor], share: float) -> list[torch.Tensor]:

@@ -359,6 +359,7 @@ class Trainer:
 
     def _merged(self, meter: Meter) -> dict[str, float]:
         """The statistics over all ranks."""
+        meter.settle()
         whole = Meter()
         for part in distributed.gather(meter):
             whole.absorb(part)

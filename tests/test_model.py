@@ -137,7 +137,7 @@ def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed(folder):
     assert any(not torch.equal(a, b) for (_, a), (_, b) in zip(trainable(first), trainable(other), strict=True))
 
 
-@pytest.mark.parametrize(("target", "message"), [("lm_head", "names the head"), ("qproj", "no module named")])
+@pytest.mark.parametrize(("target", "message"), [("qproj", "no module named")])
 def test_wrong_targets_are_refused(folder, target, message):
     with pytest.raises(UserError, match=message):
         load(folder, lora=LoraConfig(r=4, target_modules=[target]))

@@ -1,4 +1,4 @@
-"""Attention over packs by cuDNN and flash attention: run by hand, `pytest -m gpu -s tests/test_packed_attention_gpu.py`.
+"""Attention over packs by cuDNN and flash: run by hand, `pytest -m gpu -s tests/test_packed_attention_gpu.py`.
 
 First every call into PyTorch alone, with what it did instead where it fails; then whole packs against the float64
 blocks, with PyTorch's own attention on the same rows as the measure of error; last the times, printed, not judged.
@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -195,7 +196,7 @@ def cuts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
     return offsets, offsets, max(lengths), max(lengths)
 
 
-@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize("window", [None, 2, 50])
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_flash_causal(heads: tuple[int, int], dim: int, window: int | None) -> None:
@@ -332,7 +333,7 @@ def test_packs_of_other_widths_and_types(name: str, dim: int, dtype: torch.dtype
     check_pack(inputs(layout.length, (16, 4), dim, dtype), layout, Scoring(dim**-0.5))
 
 
-@pytest.mark.parametrize("window", [1, 100, 1024, 2500, 100_000])
+@pytest.mark.parametrize("window", [2, 100, 1024, 2500, 100_000])
 @pytest.mark.parametrize("name", ["long and short", "families of all"])
 def test_packs_with_a_window(name: str, window: int) -> None:
     layout = layout_of(*PACKS[name])
@@ -462,80 +463,77 @@ def milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
     return statistics.median(times)
 
 
+def four_times(q, k, v, g, pieces: list[slice], offsets, *, causal: bool) -> list[float]:
+    """Forward by cuDNN, a call for every piece, and by one flash call; backward likewise."""
+    options = {"causal": causal, "scale": q.shape[-1] ** -0.5}
+
+    def each():
+        return [cudnn_forward(q[at], k[at], v[at], **options) for at in pieces]
+
+    out, lse = torch.cat([o for o, _ in each()]), torch.cat([x for _, x in each()], dim=1)
+
+    def each_back():
+        return [cudnn_backward(g[at], q[at], k[at], v[at], out[at], lse[:, at], **options) for at in pieces]
+
+    return [
+        milliseconds(each),
+        milliseconds(lambda: flash_forward(q, k, v, *offsets, **options)),
+        milliseconds(each_back),
+        milliseconds(lambda: flash_backward(g, q, k, v, out, lse, *offsets, **options)),
+    ]
+
+
+def print_times(title: str, times: list[float], scores: int, heads: int, dim: int) -> None:
+    """Milliseconds and TFLOP/s; `scores` of one head, two products forward and five backward."""
+    rates = [scores * heads * dim * factor / t / 1e9 for factor, t in zip((4, 4, 10, 10), times, strict=True)]
+    print(title, *(f"{t:9.3f} ({r:4.0f})" for t, r in zip(times, rates, strict=True)))
+
+
 @pytest.mark.parametrize(("heads", "dim"), [((32, 8), 128), ((4, 1), 128), ((9, 3), 64)], ids=str)
 def test_print_times_of_a_pack_of_equal_segments(heads: tuple[int, int], dim: int) -> None:
-    """Where `LONG_SEGMENT` belongs: 16,384 rows, a cuDNN call for every segment beside one flash call."""
-    rows, scale = 16_384, dim**-0.5
+    """Where `LONG_SEGMENT` belongs: a cuDNN call for every segment beside one flash call."""
+    rows = 16_384
+    print(f"\n{rows} rows, heads {heads}, {dim} wide; ms (TFLOP/s): forward cuDNN, flash; backward cuDNN, flash")
     with nan_in_fresh_memory(False):
-        q, k, v, g = inputs(rows, heads, dim)
-        print(f"\n{rows} rows, heads {heads}, {dim} wide; ms (TFLOP/s): forward cuDNN, flash; backward cuDNN, flash")
+        given = inputs(rows, heads, dim)
         for length in (256, 512, 1024, 2048, 4096, 8192, 16_384):
             pieces = [slice(a, a + length) for a in range(0, rows, length)]
-            options, flash_cuts = {"causal": True, "scale": scale}, cuts(*[length] * len(pieces))
+            times = four_times(*given, pieces, cuts(*[length] * len(pieces)), causal=True)
+            print_times(f"{length:6d}", times, rows * length // 2, heads[0], dim)
 
-            def each(length=length, pieces=pieces, options=options):
-                return [cudnn_forward(q[at], k[at], v[at], **options) for at in pieces]
 
-            found = each()
-            out = torch.cat([o for o, _ in found])
-            lse = torch.cat([x for _, x in found], dim=1)
-
-            def each_back(pieces=pieces, options=options, out=out, lse=lse):
-                for at in pieces:
-                    cudnn_backward(g[at], q[at], k[at], v[at], out[at], lse[:, at], **options)
-
-            times = (
-                milliseconds(each),
-                milliseconds(lambda c=flash_cuts, o=options: flash_forward(q, k, v, *c, **o)),
-                milliseconds(each_back),
-                milliseconds(lambda c=flash_cuts, o=options, a=out, b=lse: flash_backward(g, q, k, v, a, b, *c, **o)),
-            )
-            work = 2 * rows * length * heads[0] * dim / 1e9  # half of 4·T·L·H·D, in units of 10⁹
-            rates = [work * factor / t for factor, t in zip((1, 1, 2.5, 2.5), times, strict=True)]
-            columns = [f"{t:8.3f} ({r:4.0f})" for t, r in zip(times, rates, strict=True)]
-            print(f"{length:7d}: {columns[0]} {columns[1]}   {columns[2]} {columns[3]}")
+def test_print_times_of_cross_pieces() -> None:
+    print("\nrows × keys, heads (32, 8), 128 wide; ms (TFLOP/s): forward cuDNN, flash; backward cuDNN, flash")
+    with nan_in_fresh_memory(False):
+        for rows, keys in ((2048, 512), (8192, 2048), (8192, 8192), (16_384, 16_384)):
+            q, k, v, g = inputs(rows + keys, (32, 8), 128)
+            offsets = (cuts(rows)[0], cuts(keys)[0], rows, keys)
+            times = four_times(q[keys:], k[:keys], v[:keys], g[keys:], [slice(None)], offsets, causal=False)
+            print_times(f"{rows:6d} × {keys:6d}", times, rows * keys, 32, 128)
 
 
 def test_print_times_of_new_plans() -> None:
     """What `PLAN_ROWS` saves, and what `LONG_CROSS` must earn: the first call of a length beside the second."""
-    times: dict[str, list[float]] = {"forward": [], "forward again": [], "backward": [], "backward again": []}
+
+    def seconds(run: Callable[[], Tensors]) -> tuple[float, Tensors]:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = run()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, result
+
+    times = []
     with nan_in_fresh_memory(False):
         q, k, v, g = inputs(8192, (32, 8), 128)
         for length in (5003, 5417, 6011, 6997, 7411):
-            parts = q[:length], k[:length], v[:length]
-            kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-            def forward(parts=parts, kept=kept):
-                kept.append(cudnn_forward(*parts, causal=True, scale=0.09))
-
-            def backward(length=length, parts=parts, kept=kept):
-                cudnn_backward(g[:length], *parts, *kept[0], causal=True, scale=0.09)
-
-            for name, run in (("forward", forward), ("backward", backward)):
-                for suffix in ("", " again"):
-                    torch.cuda.synchronize()
-                    start = time.perf_counter()
-                    run()
-                    torch.cuda.synchronize()
-                    times[name + suffix].append(1e3 * (time.perf_counter() - start))
+            q_, k_, v_, g_ = q[:length], k[:length], v[:length], g[:length]
+            forward = partial(cudnn_forward, q_, k_, v_, causal=True, scale=0.09)
+            new, found = seconds(forward)
+            backward = partial(cudnn_backward, g_, q_, k_, v_, *found, causal=True, scale=0.09)
+            times.append([new, seconds(forward)[0], seconds(backward)[0], seconds(backward)[0]])
+    medians = [1e3 * statistics.median(column) for column in zip(*times, strict=True)]
     print(
-        "\nms of a call of 5,000 to 7,400 rows: "
-        + ", ".join(f"{n} {statistics.median(t):.1f}" for n, t in times.items())
+        "\n5,000 to 7,400 rows, ms: new forward {:.1f}, known {:.1f}; new backward {:.1f}, known {:.1f}".format(
+            *medians
+        )
     )
-
-
-def test_print_times_of_cross_pieces() -> None:
-    with nan_in_fresh_memory(False):
-        for rows, keys in ((2048, 512), (8192, 2048), (8192, 8192), (16_384, 16_384)):
-            q, k, v, g = inputs(rows + keys, (32, 8), 128)
-            parts = q[keys:], k[:keys], v[:keys]
-            offsets = (cuts(rows)[0], cuts(keys)[0], rows, keys)
-            options = {"causal": False, "scale": 0.09}
-            out, lse = flash_forward(*parts, *offsets, **options)
-            times = (
-                milliseconds(lambda: cudnn_forward(*parts, **options)),
-                milliseconds(lambda: flash_forward(*parts, *offsets, **options)),
-                milliseconds(lambda: cudnn_backward(g[keys:], *parts, out, lse, **options)),
-                milliseconds(lambda: flash_backward(g[keys:], *parts, out, lse, *offsets, **options)),
-            )
-            print(f"\n{rows} rows × {keys} keys, ms forward cuDNN, flash; backward cuDNN, flash:", *times)

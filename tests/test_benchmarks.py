@@ -1,0 +1,398 @@
+"""The benchmarks as far as they need no GPU: what follows from rows, the picture, failing systems, arguments."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+GIB = 2**30
+
+
+def module(name: str) -> ModuleType:
+    """A script of benchmarks/, imported as it imports its neighbours."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+update, plot_update, kernel_speed = module("update"), module("plot_update"), module("kernel_speed")
+
+
+def row(system: str, length: int | None, **values: Any) -> dict[str, Any]:
+    known = {"system": system, "label": None, "model": "m", "length": length, "cap_gib": 23.0}
+    return known | dict.fromkeys(update.COLUMNS) | values
+
+
+def result(rows: list[dict[str, Any]], device: str = "NVIDIA H100 80GB HBM3") -> dict[str, Any]:
+    return {"bench": "update", "device": device, "total_gib": 79.0, "rows": rows}
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
+
+
+ROWS = [
+    row("tandem", 1024, seconds=2.0, peak_allocated_gib=8.0),
+    row("tandem", 2048, seconds=3.0, peak_allocated_gib=9.0),
+    row("tandem", 4096, seconds=8.0, peak_allocated_gib=11.0),
+    row("trl", 1024, seconds=3.0, peak_allocated_gib=10.0),
+    row("trl", 2048, seconds=4.5, peak_allocated_gib=14.0),
+    row("trl", 4096, error="out of memory: tried to allocate 2 GiB"),
+    row("unsloth", 1024, seconds=2.5, peak_allocated_gib=9.0),
+    row("unsloth", None, error="Traceback\nRuntimeError: it broke"),
+]
+
+
+# --- slopes and ratios ------------------------------------------------------------------------------------------------
+
+
+def test_slopes_on_a_line() -> None:
+    found = {one["system"]: one for one in plot_update.slopes(ROWS)}
+    # 1 GiB per 1024 tokens, 7 GiB at none; 4 GiB per 1024 tokens, 6 GiB at none. One length has no slope.
+    assert set(found) == {"tandem", "trl"}
+    assert found["tandem"] == {
+        "system": "tandem", "label": None, "model": "m", "cap_gib": 23.0,
+        "lengths": [1024, 2048, 4096], "bytes_per_token": GIB // 1024, "fixed_gib": 7.0,
+    }  # fmt: skip
+    assert found["trl"]["bytes_per_token"] == 4 * GIB // 1024
+    assert (found["trl"]["fixed_gib"], found["trl"]["lengths"]) == (6.0, [1024, 2048])
+
+
+def test_slope_is_that_of_least_squares() -> None:
+    # Points (0, 0), (1, 2), (2, 1) in units of 1000 tokens and GiB: slope 0.5, intercept 0.5.
+    points = [(1000, 0.0), (2000, 2.0), (3000, 1.0)]
+    (one,) = plot_update.slopes([row("x", n, seconds=1.0, peak_allocated_gib=y) for n, y in points])
+    assert one["bytes_per_token"] == round(0.5 * GIB / 1000)
+    assert one["fixed_gib"] == 0.0
+
+
+def test_slopes_keep_caps_and_labels_apart() -> None:
+    rows = [row("x", 1000, seconds=1.0, peak_allocated_gib=1.0), row("x", 2000, seconds=1.0, peak_allocated_gib=2.0)]
+    assert len(plot_update.slopes(rows)) == 1
+    assert plot_update.slopes([rows[0], rows[1] | {"cap_gib": None}]) == []
+    assert plot_update.slopes([rows[0], rows[1] | {"label": "other"}]) == []
+
+
+def test_ratios_to_tandem() -> None:
+    found = {one["length"]: one["ratio_to_tandem"] for one in plot_update.ratios(ROWS)}
+    assert found == {1024: {"trl": 1.5, "unsloth": 1.25}, 2048: {"trl": 1.5}, 4096: {}}
+    assert plot_update.ratios([one for one in ROWS if one["system"] != "tandem"]) == []
+    other_cap = [one | {"cap_gib": None} if one["system"] == "trl" else one for one in ROWS]
+    assert plot_update.ratios(other_cap)[0]["ratio_to_tandem"] == {"unsloth": 1.25}
+
+
+def test_summary_says_both() -> None:
+    lines = plot_update.summary({"slopes": plot_update.slopes(ROWS), "ratios": plot_update.ratios(ROWS)})
+    assert "tandem, cap 23 GiB: 1048.6 KB per token + 7.00 GiB (1K to 4K tokens)" in lines
+    assert "ratio to tandem at 1K tokens, cap 23 GiB: trl 1.50 · unsloth 1.25" in lines
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+
+def test_plot_is_a_picture_and_shows_what_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    shown: list[Any] = []
+    save = Figure.savefig
+
+    def kept(self: Figure, *args: Any, **options: Any) -> None:
+        shown.append(self)
+        save(self, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    plot_update.draw(result(ROWS), tmp_path / "plot.png")
+    assert is_png(tmp_path / "plot.png")
+    (figure,) = shown
+    seconds, memory = figure.axes
+    lines = {line.get_label(): line for line in seconds.get_lines()}
+    assert list(lines["tandem"].get_xdata()) == [1024, 2048, 4096]
+    assert list(lines["tandem"].get_ydata()) == [2.0, 3.0, 8.0]
+    assert (seconds.get_xscale(), seconds.get_yscale(), memory.get_xscale()) == ("log", "log", "log")
+    peaks = {line.get_label(): list(line.get_ydata()) for line in memory.get_lines()}
+    assert peaks["trl"] == [10.0, 14.0]
+    assert any(list(line.get_ydata()) == [23.0, 23.0] for line in memory.get_lines()), "the cap"
+    (cross,) = [text for text in memory.texts if text.get_text() == "✕"]
+    assert cross.xy == (4096, 23.0)
+    entries = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"tandem", "trl", "unsloth", "out of memory", "unsloth: RuntimeError: it broke"} <= set(entries)
+
+
+@pytest.mark.parametrize("rows", [[], [row("trl", 1024, error="out of memory")], [row("trl", None, error="x")]])
+def test_plot_of_next_to_nothing(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    plot_update.draw(result(rows), tmp_path / "plot.png")
+    assert is_png(tmp_path / "plot.png")
+
+
+def test_colours_are_all_different() -> None:
+    assert set(plot_update.STYLES) == set(update.SYSTEMS)
+    assert len({color for color, _ in plot_update.STYLES.values()}) == len(update.SYSTEMS)
+    assert len({marker for _, marker in plot_update.STYLES.values()}) == len(update.SYSTEMS)
+
+
+def test_stored_results_are_drawn_again(tmp_path: Path) -> None:
+    stored = sorted((BENCHMARKS / "results").glob("update-*.json"))
+    assert stored
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "update.py"), "--plot", *map(str, stored), "--out", str(tmp_path)],
+        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    target = Path(done.stdout.strip())
+    assert target.parent == tmp_path
+    assert is_png(target)
+
+
+def test_plot_lies_beside_its_file(tmp_path: Path) -> None:
+    (tmp_path / "update-x.json").write_text(json.dumps(result(ROWS)), encoding="utf-8")
+    update.main(["--plot", str(tmp_path / "update-x.json")])
+    assert is_png(tmp_path / "update-x.png")
+
+
+def test_merging_takes_the_later_file_and_refuses_other_devices(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    files = [tmp_path / f"{name}.json" for name in "abc"]
+    newer = [row("tandem", 1024, seconds=1.0, peak_allocated_gib=7.0)]
+    for file, content in zip(files, (result(ROWS), result(newer), result(newer, "NVIDIA A100")), strict=True):
+        file.write_text(json.dumps(content), encoding="utf-8")
+    rows = plot_update.merged(files[:2])["rows"]
+    assert len(rows) == len(ROWS)
+    assert [one["seconds"] for one in rows if one["system"] == "tandem"] == [1.0, 3.0, 8.0]
+    with pytest.raises(SystemExit):
+        update.main(["--plot", *map(str, files)])
+    assert "A100" in capsys.readouterr().err
+
+
+# --- workers ----------------------------------------------------------------------------------------------------------
+
+
+def arguments(*more: str) -> tuple[argparse.Namespace, list[str]]:
+    argv = ["/nowhere/model", "--lengths", "1024", "2048", "--timeout", "60", *more]
+    return update.parse(argv)[1], argv
+
+
+def worker_is(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    monkeypatch.setattr(update, "worker_command", lambda _: [sys.executable, "-c", "import json, sys\n" + code])
+
+
+def test_a_real_worker_that_dies_leaves_its_error() -> None:
+    # No device, no such model: it dies of one or the other.
+    (one,) = update.run_worker("tandem", *arguments("--cap-gib", "23"))
+    assert (one["system"], one["model"], one["length"], one["cap_gib"]) == ("tandem", "model", None, 23.0)
+    assert one["seconds"] is None
+    assert "Error" in one["error"]
+    assert set(update.COLUMNS) <= set(one)
+
+
+def test_rows_before_the_death_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = row("trl", 1024, seconds=1.0, peak_allocated_gib=2.0)
+    worker_is(
+        monkeypatch,
+        f"print('noise'); print('BEGIN 1024'); print('ROW', {json.dumps(good)!r}); print('BEGIN 2048')\n"
+        "sys.stdout.flush(); raise ValueError('the last words')",
+    )
+    first, second = update.run_worker("trl", *arguments())
+    assert first == good
+    assert second["length"] == 2048
+    assert second["error"].endswith("ValueError: the last words")
+
+
+def test_a_silent_death_is_a_row_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker_is(monkeypatch, "sys.exit(3)")
+    (one,) = update.run_worker("trl", *arguments())
+    assert one["error"] == "trl ended with code 3"
+
+
+def test_a_worker_that_hangs_is_stopped_and_keeps_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = row("trl", 1024, seconds=1.0, peak_allocated_gib=2.0)
+    said = f"print('BEGIN 1024'); print('ROW', {json.dumps(good)!r}); print('BEGIN 2048', flush=True)"
+    worker_is(monkeypatch, f"import time; {said}; time.sleep(60)")
+    known, argv = arguments("--timeout", "2")
+    first, second = update.run_worker("trl", known, argv)
+    assert first == good
+    assert (second["length"], second["error"]) == (2048, "stopped after 2 s")
+
+
+def test_every_row_is_stored_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    facts = {"device": "NVIDIA GeForce RTX 4090", "driver": "580", "total_gib": 23.5}
+    states: list[list[str]] = []
+
+    def lines_of(system: str, argv: list[str], timeout: float) -> Any:
+        if system == "device":
+            yield f"DEVICE {json.dumps(facts)}"
+            return
+        for length, seconds in ((1024, 1.0), (2048, 2.0)):
+            values = row(system, length, seconds=seconds * (2 if system == "trl" else 1), peak_allocated_gib=seconds)
+            yield f"ROW {json.dumps(values)}"
+            (stored,) = tmp_path.glob("update-*.json")
+            content = json.loads(stored.read_text(encoding="utf-8"))
+            states.append([f"{one['system']} {one['length']}" for one in content["rows"]])
+
+    monkeypatch.setattr(update, "lines_of", lines_of)
+    update.main(["/nowhere/model", "--systems", "tandem", "trl", "--lengths", "1024", "2048", "--out", str(tmp_path)])
+    order = ["tandem 1024", "tandem 2048", "trl 1024", "trl 2048"]
+    assert states == [order[:n] for n in range(1, 5)]
+    (stored,) = tmp_path.glob("update-rtx-4090-*.json")
+    content = json.loads(stored.read_text(encoding="utf-8"))
+    assert {name: content[name] for name in facts} == facts
+    assert content["ratios"][1]["ratio_to_tandem"] == {"trl": 2.0}
+    assert content["slopes"][0]["bytes_per_token"] == GIB // 1024
+    assert content["commands"][1].endswith("--worker trl")
+    assert content["date"][:4].isdigit()
+    assert is_png(stored.with_suffix(".png"))
+
+
+def test_no_device_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    worker_is(monkeypatch, "sys.exit('no card in this box')")
+    with pytest.raises(SystemExit, match="no card in this box"):
+        update.main(["/nowhere/model", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+# --- arguments, systems -----------------------------------------------------------------------------------------------
+
+
+def test_arguments() -> None:
+    known = update.parse(["model", "--lengths", "4096", "1024", "4096", "--label", "a", "--offload", "off"])[1]
+    assert known.lengths == [1024, 4096]
+    assert (known.attention, known.offload, known.label, known.timeout) == ("auto", "off", "a", 500.0)
+    assert update.row("tandem", known, 1024)["label"] == "a"
+    assert update.row("tandem", known, 1024)["cap_gib"] is None
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["m", "--attention", "keep"], ["m", "--offload", "maybe"], ["m", "--systems", "nothing"],
+     ["m", "--repeats", "0"], ["m", "--lengths", "64"]],
+)  # fmt: skip
+def test_wrong_arguments_are_refused(argv: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        update.parse(argv)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+     ("CPU x86_64", "cpu-x86_64"), ("NVIDIA H200", "h200")],
+)  # fmt: skip
+def test_result_files_bear_the_device(device: str, name: str, tmp_path: Path) -> None:
+    facts = {"bench": "update", "device": device, "date": "2026-11-24T12:03:07+00:00"}
+    path = update.result_path(tmp_path, facts)
+    assert path.name == f"update-{name}-2026-11-24-1203.json"
+    update.store(path, facts)
+    assert json.loads(path.read_text(encoding="utf-8")) == facts
+    assert list(tmp_path.iterdir()) == [path]
+    assert update.result_path(tmp_path, facts).name == f"update-{name}-2026-11-24-120307.json"
+
+
+def test_every_tandem_system_computes_the_same_gradient(tmp_path: Path) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.5,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    ids = torch.randint(96, (80,)).tolist()
+    gradients, host = {}, dict.fromkeys(update.VARIANTS, 0)
+    for system in (*update.VARIANTS, "tandem-plain"):
+        loaded = update.tandem(system, update.parse([str(tmp_path), "--offload", "on"])[1])
+        loaded.step(ids)
+        gradients[system] = torch.cat([p.grad.flatten() for p in loaded.parameters])
+        if system in host:
+            host[system] = loaded.host_bytes()
+    assert gradients["tandem"].norm() > 0
+    for system, found in gradients.items():
+        assert (found - gradients["tandem"]).norm() <= 0.03 * gradients["tandem"].norm(), system
+    assert host["tandem"] > 0
+    assert host["tandem-no-offload"] == 0
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def test_kernel_speed_runs_and_records_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # None in sys.modules makes an import fail, whether Liger is installed or not.
+    for name in ("rms_norm", "rope", "swiglu", "fused_linear_cross_entropy"):
+        monkeypatch.setitem(sys.modules, f"liger_kernel.ops.{name}", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    kernel_speed.main(
+        ["--device", "cpu", "--small", "--repeats", "1", "--out", str(tmp_path), "--systems", "tandem", "torch",
+         "liger", "rows"]
+    )  # fmt: skip
+    (path,) = tmp_path.glob("kernels-cpu-*.json")
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    ours = [one for one in rows if one["system"] == "tandem"]
+    assert {one["kernel"] for one in ours} == set(kernel_speed.KERNELS)
+    for one in rows:
+        if one["system"] == "liger":
+            assert "liger" in one["error"]
+            assert one["seconds"] is None
+            continue
+        assert one["error"] is None, one
+        assert one["seconds"] > 0
+        assert (one["gb_per_s"] is None) != (one["tflop_per_s"] is None)
+        assert one["system"] == "rows" or one["difference"] <= kernel_speed.WORST_DIFFERENCE
+    assert [one["system"] for one in rows].count("rows") == 1
+
+
+def test_a_wrong_result_is_an_error_and_says_so() -> None:
+    case = kernel_speed.CASES["swiglu"](kernel_speed.SMALL, torch.device("cpu"))[0]
+    systems = kernel_speed.CASES["swiglu"](kernel_speed.SMALL, torch.device("cpu"))[0].systems
+    broken = {
+        "torch": systems["torch"],
+        "tandem": lambda gate, up: lambda: (gate * up,),
+        "liger": lambda gate, up: lambda: (gate * torch.nan,),
+        "flex": lambda gate, up: lambda: 1 / 0,
+    }
+    case = kernel_speed.Case(**{**vars(case), "systems": broken})
+    clock = kernel_speed.Clock(torch.device("cpu"))
+    rows = kernel_speed.measure_case(case, list(kernel_speed.SYSTEMS), clock, 1, 1e12, 1e15)
+    errors = {one["system"]: one["error"] for one in rows}
+    assert errors.pop("torch") is None
+    assert "differs" in errors["tandem"]
+    assert "differs from that of torch by nan" in errors["liger"]
+    assert errors["flex"].startswith("ZeroDivisionError")
+
+
+def test_floor_and_share() -> None:
+    case = kernel_speed.CASES["rms_norm"](kernel_speed.SMALL, torch.device("cpu"))[0]
+    rows, width = kernel_speed.SMALL.rows, kernel_speed.SMALL.hidden
+    assert case.amount == 2 * (2 * rows * width)
+    clock = kernel_speed.Clock(torch.device("cpu"))
+    (one,) = kernel_speed.measure_case(case, ["torch"], clock, 3, copy=1e9, product=1e12)
+    assert one["floor_seconds"] == case.amount / 1e9
+    assert one["share"] == pytest.approx(one["floor_seconds"] / one["seconds"], rel=1e-2, abs=1e-4)
+
+
+def test_attention_floor_counts_the_pairs_of_the_mask() -> None:
+    attention = module("attention_cases")
+    family = attention.packed_attention.Family((3, 8), ((8, 10), (10, 14)))
+    families = [attention.packed_attention.Family((0, 3)), family]
+    index = torch.arange(14)
+    mask = attention._owners(families, torch.device("cpu")).sees(index[:, None], index[None, :])
+    # By hand: 3 causal, 5 causal, children of 2 and 4 that see 5 more each.
+    assert int(mask.sum()) == 6 + 15 + (3 + 2 * 5) + (10 + 4 * 5)
+    assert sum(attention._pairs(one) for one in families) == int(mask.sum())
+    assert mask[9].tolist() == [False] * 3 + [True] * 5 + [True, True] + [False] * 4
+    assert mask[13].tolist() == [False] * 3 + [True] * 5 + [False, False] + [True] * 4
+
+
+def test_no_script_bears_the_name_of_a_package() -> None:
+    """The folder of a script comes first on the path: transformers would import benchmarks/kernels.py as kernels."""
+    taken = {"kernels", "torch", "triton", "transformers", "peft", "trl", "datasets", "wandb", "rl", "rewards"}
+    assert not taken & {path.stem for path in BENCHMARKS.glob("*.py")}
