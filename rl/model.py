@@ -238,8 +238,11 @@ def _attention_for_transformers(
         raise RuntimeError(f"{type(module).__name__} uses attention sinks or dropout, which packing does not compute")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = sliding_window if sliding_window is not None else getattr(module, "sliding_window", None)
+    width = value.shape[-1]
+    if width != query.shape[-1]:  # as in DeepSeek's latent attention; zeros behind the values stay zeros
+        value = torch.nn.functional.pad(value, (0, query.shape[-1] - width))
     out = packed_attention(query[0], key[0], value[0], layout, scale=scale, window=window, softcap=softcap)
-    return out.transpose(0, 1).unsqueeze(0).contiguous(), None
+    return out[..., :width].transpose(0, 1).unsqueeze(0).contiguous(), None
 
 
 def _device(config: ModelConfig) -> torch.device:

@@ -41,11 +41,25 @@ SIZES: dict[str, Any] = {
 CONFIGS: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "granite": {"residual_multiplier": 0.5, "logits_scaling": 2.0, "embedding_multiplier": 3.0},
-    "stablelm": {},
+    "stablelm": {"partial_rotary_factor": 2 / 3},
+    "deepseek_v3": {  # its values have fewer elements than its queries and keys
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 2,
+        "moe_intermediate_size": 16,
+    },
     "gemma2": {"head_dim": 6, "sliding_window": 4, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 6},
 }
-UNDESCRIBED = ["olmo2", "granite", "stablelm"]
+UNDESCRIBED = ["olmo2", "granite", "stablelm", "deepseek_v3"]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +72,7 @@ def folders(tmp_path_factory) -> Any:
             from transformers import AutoConfig, AutoModelForCausalLM
 
             torch.manual_seed(0)
-            AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES, **CONFIGS[family])).save_pretrained(
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES | CONFIGS[family])).save_pretrained(
                 path
             )
             tokenizer().save_pretrained(path)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.kernels import packed_attention as attention_module
+from tandem.kernels import attention_blocked
 from tandem.kernels.linear_logprob import HeadOptions, linear_logprob
 from tandem.kernels.packed_attention import Family, PackLayout, packed_attention
 from tandem.kernels.sampling import draw, restrict
@@ -170,16 +170,15 @@ def separate_rows(q, k, v, families, scale, window=None, softcap=None) -> torch.
     return out
 
 
-@pytest.mark.parametrize("dense", [True, False], ids=["dense", "child-by-child"])
+@pytest.mark.parametrize("tile", [10_000, 100], ids=["dense", "in blocks"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(
     ("window", "softcap"), [(None, None), (1, None), (3, None), (9, None), (100, None), (None, 1.5), (4, 1.5)]
 )
 def test_packed_attention_equals_separate_rows(
-    dense: bool, kv_heads: int, window: int | None, softcap: float | None, generator, monkeypatch
+    tile: int, kv_heads: int, window: int | None, softcap: float | None, generator, monkeypatch
 ) -> None:
-    if not dense:
-        monkeypatch.setattr(attention_module, "_DENSE_FAMILY", 1)
+    monkeypatch.setattr(attention_blocked, "CPU_TILE", tile)
     q = torch.randn(4, 44, 8, dtype=torch.float64, generator=generator)
     k, v = torch.randn(2, kv_heads, 44, 8, dtype=torch.float64, generator=generator)
     g = torch.randn(4, 44, 8, dtype=torch.float64, generator=generator)
@@ -196,21 +195,6 @@ def test_packed_attention_equals_separate_rows(
     expected = run(lambda q, k, v: separate_rows(q, k, v, FAMILIES, 0.4, window, softcap))
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-
-
-def test_child_by_child_is_taken_for_long_families_only(generator, monkeypatch) -> None:
-    taken: list[Family] = []
-    original = attention_module._child_by_child
-
-    def spy(query, key, value, family, scale):
-        taken.append(family)
-        return original(query, key, value, family, scale)
-
-    monkeypatch.setattr(attention_module, "_child_by_child", spy)
-    monkeypatch.setattr(attention_module, "_DENSE_FAMILY", 15)
-    x = torch.randn(2, 44, 4, dtype=torch.float64, generator=generator)
-    packed_attention(x, x, x, PackLayout(FAMILIES), scale=1.0)
-    assert taken == [FAMILIES[4]]
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.kernels import attention_blocked
 from tandem.kernels import packed_attention as attention_module
 from tandem.kernels.linear_logprob import HeadOptions
 from tandem.rl.config import AlgorithmConfig
@@ -288,8 +289,8 @@ def test_loss_and_gradient_equal_padded_rows(llama: LanguageModel, options: dict
         assert result["loss"] == pytest.approx(loss, abs=1e-10)
         assert_same(ours, expected)
         metrics.append(result)
-    # Long families go child by child.
-    monkeypatch.setattr(attention_module, "_DENSE_FAMILY", 1)
+    # Long families go block by block.
+    monkeypatch.setattr(attention_blocked, "CPU_TILE", 100)
     assert_same(packed_result(llama, batch, algorithm, 1000)[1], expected)
     for result in metrics[1:]:
         assert result == pytest.approx(metrics[0], abs=1e-9)
