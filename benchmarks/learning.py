@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--collect", type=Path, nargs="+", help="run folders to collect instead of running")
     arguments = parser.parse_args()
     if arguments.collect:
-        runs = [("tandem", run) for run in arguments.collect]
+        runs = [(run.name.rpartition("-seed")[0] or "tandem", run) for run in arguments.collect]
     else:
         variants = [variant.partition("=")[::2] for variant in arguments.variant or ["tandem="]]
         jobs = [(name, options, seed) for name, options in variants for seed in arguments.seeds]
