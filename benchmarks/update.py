@@ -302,7 +302,7 @@ def tandem(system: str, arguments: argparse.Namespace) -> Loaded:
         host_bytes = lambda: fused.host_bytes  # noqa: E731
     else:
         lm.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    head = with_sampling(lm.head, temperature=1.0, top_k=0, top_p=1.0, chunk_size=512)
+    head = with_sampling(lm.head, temperature=1.0, top_k=0, top_p=1.0, chunk_size=1024)
     algorithm = AlgorithmConfig(loss_type="grpo", rollout_correction="none")
 
     def step(ids: list[int]) -> None:

@@ -56,7 +56,7 @@ class LoraLinear:
         self._buffer = torch.empty(out_features + self.rank, in_features + self.rank, dtype=dtype, device=device)
         self.weight = self._buffer[:out_features, :in_features]
         self._a, self._b = self._buffer[out_features:, :in_features], self._buffer[:out_features, in_features:]
-        if self.rank:
+        if self.rank > total or len(branches) > 1 or any(one.b.shape[0] < out_features for one in branches):
             self._b.zero_()
             self._a[total:].zero_()
         column = 0
@@ -64,7 +64,7 @@ class LoraLinear:
             stop = column + one.a.shape[0]
             self._a[column:stop].copy_(one.a)
             b = one.b.to(torch.promote_types(one.b.dtype, dtype))
-            self._b[one.start : one.start + b.shape[0], column:stop].copy_(b * one.scale)
+            torch.mul(b, one.scale, out=self._b[one.start : one.start + b.shape[0], column:stop])
             column = stop
 
     def inputs(self, x: torch.Tensor | int) -> torch.Tensor:
@@ -124,13 +124,12 @@ class LoraLinear:
         return d_a, d_b
 
     def adapter_gradients(self, sums: tuple[torch.Tensor, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Gradients of every branch's a and b."""
+        """Gradients of every branch's a and b, which hold no more memory than they need."""
         found, column = [], 0
         for one in self.branches:
             stop = column + one.a.shape[0]
-            found.append(
-                (sums[0][column:stop], sums[1][one.start : one.start + one.b.shape[0], column:stop] * one.scale)
-            )
+            d_a = sums[0] if stop - column == self.rank else sums[0][column:stop].clone()
+            found.append((d_a, sums[1][one.start : one.start + one.b.shape[0], column:stop] * one.scale))
             column = stop
         return found
 

@@ -117,7 +117,9 @@ class CheckpointedLayers:
         if isinstance(packed, torch.Tensor):
             return packed
         self._check_unchanged()
-        return packed.take()[0]
+        (tensor,) = packed.take()
+        packed.prefetch()
+        return tensor
 
     def _check_unchanged(self) -> None:
         """A layer that writes to its input would race with the copy of it. Autograd cannot see that behind hooks."""

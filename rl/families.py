@@ -206,16 +206,20 @@ class ModelSpec:
     family: LayerSpec
     backbone: Any
 
-    def layers(self) -> list[Layer]:
-        """The layers as they stand now.
+    @property
+    def num_layers(self) -> int:
+        return self.backbone.config.num_hidden_layers
+
+    def layer(self, index: int) -> Layer:
+        """A layer as it stands now.
 
         Raises:
             UserError: a projection has something beside plain LoRA without dropout.
         """
-        count = self.backbone.config.num_hidden_layers
-        return [
-            _read(self.family, module, i, self.backbone.config) for i, module in enumerate(self.backbone.layers[:count])
-        ]
+        return _read(self.family, self.backbone.layers[index], index, self.backbone.config)
+
+    def layers(self) -> list[Layer]:
+        return [self.layer(i) for i in range(self.num_layers)]
 
     def final_norm(self) -> Norm:
         return _norm(self.family, self.backbone, "norm")

@@ -16,14 +16,12 @@ from tandem.kernels.packed_attention import PackLayout
 from tandem.rl.errors import UserError
 from tandem.rl.families import Layer, ModelSpec, Norm, describe
 from tandem.rl.layer_ops import LoraGrads, rms_norm_backward, tiles
-from tandem.rl.layer_run import Attended, LayerRun, normed
+from tandem.rl.layer_run import LayerRun, normed
 from tandem.rl.model import LanguageModel
 from tandem.rl.offload import HostStore, Store, fits
 
-# From these lengths on attention in parts costs little time (measured: 1% at 16K in two parts, 2% at 32K in eight).
-_TWO_GROUPS, _ALL_GROUPS = 16_384, 32_768
-# From here on a layer computes for seconds, and waiting for its input costs less than room for a second one.
-_NO_PREFETCH = 65_536
+# Attention in parts costs little time where each part is long: from these lengths on in two, in four, one by one.
+_GROUPS = ((16_384, 2), (32_768, 4), (65_536, 1 << 30))
 # What a pack may leave on the device between its passes before it goes to host memory.
 _STAYS_ON_DEVICE = 512 << 20
 
@@ -34,7 +32,8 @@ class Plan:
 
     Attributes:
         tile_rows: rows that pass the MLP at a time.
-        groups: parts that the KV heads are run in; None: 1, 2 from 16,384 tokens on, all apart from 32,768 on.
+        groups: parts that the KV heads are run in; None: 1, 2 from 16,384 tokens on, 4 from 32,768 on, and each head
+            alone from 65,536 on.
         attention: what the backward pass has of attention. save: its output and log-sum-exp, stored with the layer's
             input (twice the memory, a fifth less time in attention); recompute: nothing, attention runs forward once
             more; auto: save where the store has room for it.
@@ -47,8 +46,8 @@ class Plan:
     def groups_for(self, rows: int, kv_heads: int) -> int:
         if self.groups is not None:
             return self.groups
-        wanted = 1 if rows < _TWO_GROUPS else 2 if rows < _ALL_GROUPS else kv_heads
-        return max(n for n in range(1, wanted + 1) if kv_heads % n == 0)
+        wanted = max((groups for length, groups in _GROUPS if rows >= length), default=1)
+        return max(n for n in range(1, min(wanted, kv_heads) + 1) if kv_heads % n == 0)
 
 
 class FusedLayers:
@@ -113,10 +112,12 @@ class FusedLayers:
         spec, plan = self._spec, self.plan
         h = spec.backbone.embed_tokens(input_ids[None])[0]
         rope = spec.rope(h, position_ids)
-        layers = spec.layers()
-        store, save = self._store_for(h, layers)
-        groups = plan.groups_for(h.shape[0], layers[0].kv_heads)
-        for layer in layers:
+        first = spec.layer(0)
+        store, save = self._store_for(h, spec.num_layers, first)
+        groups = plan.groups_for(h.shape[0], first.kv_heads)
+        for index in range(spec.num_layers):
+            # Read as late as this, so that the device has work meanwhile.
+            layer = spec.layer(index)
             run = LayerRun(layer, rope[layer.rope], layout, tile_rows=plan.tile_rows, groups=groups)
             parameters = layer.parameters
             if torch.is_grad_enabled() and (h.requires_grad or any(p.requires_grad for p in parameters)):
@@ -125,18 +126,18 @@ class FusedLayers:
                 h, _ = run.forward(h)
         return _NormNode.apply(h, spec.final_norm(), plan.tile_rows)
 
-    def _store_for(self, h: torch.Tensor, layers: list[Layer]) -> tuple[Store, bool]:
+    def _store_for(self, h: torch.Tensor, num_layers: int, layer: Layer) -> tuple[Store, bool]:
         """Where this pack's layers keep what they keep, and whether attention's output is a part of it."""
         rows, width = h.shape
-        inputs = len(layers) * rows * width * h.element_size()
-        everything = inputs + len(layers) * rows * layers[0].query_heads * (layers[0].head_dim * h.element_size() + 4)
+        attended = layer.query_heads * (layer.head_dim * h.element_size() + 4)
+        everything = num_layers * rows * (width * h.element_size() + attended)
         on_host = self._offload
         if on_host is None:
             on_host = h.is_cuda and everything > _STAYS_ON_DEVICE
         if on_host and self.host is None:
             self.host = HostStore(h.device)
         store = self.host if on_host and self.host is not None else self.near
-        store.begin(prefetch=rows < _NO_PREFETCH)
+        store.begin()
         save = self.plan.attention == "save"
         if self.plan.attention == "auto":
             save = fits(everything, None if on_host else h.device, already=self.host_bytes if on_host else 0)
@@ -183,12 +184,11 @@ class _LayerNode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         parameters = ctx.saved_tensors
-        h, *rest = ctx.stored.take()
+        h, *attended = ctx.stored.take()
         grads = LoraGrads()
         # The gradient is the sole property of this node: its only consumer is a node of this file, which made it.
         grad = grad.contiguous()
-        attended = Attended(*rest) if rest else None
-        ctx.run.backward(h, attended, grad, grads, need_input=ctx.needs_input_grad[0])
+        ctx.run.backward(h, attended, grad, grads, need_input=ctx.needs_input_grad[0], when_free=ctx.stored.prefetch)
         return (grad if ctx.needs_input_grad[0] else None, None, None, None, *(grads.of(p) for p in parameters))
 
 

@@ -74,8 +74,7 @@ class LoraGrads:
         pairs = linear.adapter_gradients(self._sums.pop(block))
         adapters = [one.adapter for one in block.projections if one.adapter is not None]
         for adapter, (d_a, d_b) in zip(adapters, pairs, strict=True):
-            # Copies: a part of the sums would keep all of them in memory.
-            self._found[id(adapter.a)], self._found[id(adapter.b)] = d_a.clone(), d_b.clone()
+            self._found[id(adapter.a)], self._found[id(adapter.b)] = d_a, d_b
 
     def of(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         found = self._found.get(id(parameter))
@@ -110,9 +109,7 @@ def rotated_backward(dy: torch.Tensor, x: torch.Tensor, norm: Norm | None, rope:
     cos, sin = rope
     if norm is not None:
         offset = float(norm.unit_offset)
-        qk_norm_rope_backward(
-            dy, x, norm.weight, norm.eps, cos, sin, offset=offset, rotary_dim=cos.shape[-1], out=x
-        )
+        qk_norm_rope_backward(dy, x, norm.weight, norm.eps, cos, sin, offset=offset, rotary_dim=cos.shape[-1], out=x)
         return
     x.copy_(dy)
     rope_(x, cos, sin, inverse=True, rotary_dim=cos.shape[-1])

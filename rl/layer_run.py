@@ -12,6 +12,7 @@ The backward pass computes the layer once more and its gradients beside that:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,8 @@ class LayerRun:
     def __init__(self, layer: Layer, rope: Rope, layout: PackLayout, *, tile_rows: int, groups: int) -> None:
         self.layer, self.rope, self.layout, self.groups = layer, rope, layout, groups
         self.tiles = tiles(rope[0].shape[0], tile_rows)
+        # There is less beside them in memory, and with half as many calls the host keeps ahead of the device.
+        self.forward_tiles = tiles(rope[0].shape[0], 2 * tile_rows)
         self.q_width = layer.query_heads * layer.head_dim
         self.k_width = layer.kv_heads * layer.head_dim
 
@@ -60,7 +63,7 @@ class LayerRun:
         weights.drop(layer.qkv)
         out = torch.empty_like(h)
         gate_up, down = weights.of(layer.gate_up), weights.of(layer.down)
-        for t in self.tiles:
+        for t in self.forward_tiles:
             self._middle(h[t], attended.output[t], weights, out[t])
             _, both = self._gate_and_up(out[t], weights)
             width = gate_up.out_features // 2
@@ -78,7 +81,7 @@ class LayerRun:
         """Attention's output and log-sum-exp for the layer's input."""
         layer, block, rows = self.layer, weights.of(self.layer.qkv), h.shape[0]
         raw = h.new_empty(rows, block.out_features)
-        for t in self.tiles:
+        for t in self.forward_tiles:
             block.forward(self._attention_inputs(h[t], weights), raw[t])
         query, key, value = self._heads(raw)
         rotated(query, layer.query_norm, self.rope, query)
@@ -95,24 +98,42 @@ class LayerRun:
         return Attended(output, lse)
 
     def backward(
-        self, h: torch.Tensor, attended: Attended | None, grad: torch.Tensor, grads: LoraGrads, *, need_input: bool
+        self,
+        h: torch.Tensor,
+        stored: list[torch.Tensor],
+        grad: torch.Tensor,
+        grads: LoraGrads,
+        *,
+        need_input: bool,
+        when_free: Callable[[], None],
     ) -> None:
         """Turn `grad` `[T, d]`, the gradient of the output, into that of the input `h`, in place.
 
         Args:
-            attended: what `forward` gave, where it was stored. need_input: without it `grad` is left useless, and only
-                `grads` is filled.
+            stored: the two of what `attend` gave, where they were kept; emptied, so that memory is free when it can be.
+            need_input: without it `grad` is left useless, and only `grads` is filled.
+            when_free: called once the peak of memory is past, with a tenth of the work still to do.
         """
         layer, weights = self.layer, Weights(h.dtype)
-        if attended is None:
-            attended = self.attend(h, weights)
+        attended = Attended(*stored) if stored else self.attend(h, weights)
+        stored.clear()
         d_output = torch.empty_like(attended.output)
         for t in self.tiles:
             self._rows_backward(h[t], attended.output[t], grad[t], d_output[t], weights, grads)
         for block in (layer.output, layer.gate_up, layer.down):
             grads.finish(block, weights.of(block))
             weights.drop(block)
-        self._attention_backward(h, attended, d_output, grad, weights, grads, need_input=need_input)
+        both = self._attention_backward(h, attended, d_output, weights)
+        del attended, d_output
+        when_free()
+        block = weights.of(layer.qkv)
+        for t in self.tiles:
+            xs = self._attention_inputs(h[t], weights)
+            block.complete_gradients(both[t])
+            grads.add(layer.qkv, block, both[t], xs)
+            if need_input:
+                rms_norm_backward(block.backward(both[t]), h[t], layer.attention_norm, into=grad[t])
+        grads.finish(layer.qkv, block)
 
     def _middle(self, h: torch.Tensor, output: torch.Tensor, weights: Weights, out: torch.Tensor) -> tuple:
         """The residual stream between the halves, in `out`; returns the projection's inputs, and its result where a
@@ -173,34 +194,19 @@ class LayerRun:
         grads.add(layer.output, proj, dys, outputs)
         proj.backward(dys, d_output)
 
-    def _attention_backward(
-        self, h, attended: Attended, d_output, grad, weights: Weights, grads: LoraGrads, *, need_input: bool
-    ) -> None:
-        """Add to `grad` what reaches `h` through attention."""
-        layer, block = self.layer, weights.of(self.layer.qkv)
-        # Queries, keys and values, and group by group their gradients.
+    def _attention_backward(self, h, attended: Attended, d_output: torch.Tensor, weights: Weights) -> torch.Tensor:
+        """The gradients of queries, keys and values, in a buffer `[T, q + 2k (+ rank)]`."""
+        block = weights.of(self.layer.qkv)
         both = block.gradients(h.shape[0])
-        # Where memory does not matter a row's inputs, which are wanted twice, are kept.
-        kept: list[torch.Tensor] = []
         for t in self.tiles:
-            xs = self._attention_inputs(h[t], weights)
-            block.forward(xs, both[t][:, : block.out_features])
-            if self.groups == 1:
-                kept.append(xs)
-            del xs
+            block.forward(self._attention_inputs(h[t], weights), both[t][:, : block.out_features])
         heads = self._heads(both)
         for q, k in self._groups():
             self._group_backward(
                 heads[0][:, q], heads[1][:, k], heads[2][:, k],
                 self._by_head(attended.output)[:, q], attended.lse[q], self._by_head(d_output)[:, q],
             )  # fmt: skip
-        for i, t in enumerate(self.tiles):
-            xs = kept[i] if kept else self._attention_inputs(h[t], weights)
-            block.complete_gradients(both[t])
-            grads.add(layer.qkv, block, both[t], xs)
-            if need_input:
-                rms_norm_backward(block.backward(both[t]), h[t], layer.attention_norm, into=grad[t])
-        grads.finish(layer.qkv, block)
+        return both
 
     def _group_backward(self, raw_query, raw_key, value, output, lse, d_output) -> None:
         """Turn a group's queries, keys and values into their gradients, in place. All `[T, heads, D]`."""

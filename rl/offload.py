@@ -2,7 +2,8 @@
 
 Host memory is a pool of equal blocks, pinned where there is a GPU. Pinning is slow (seconds per 8 GiB), so blocks are
 never given back to the system: a pass takes free ones, the pool grows when there are none, and the backward pass frees
-them. Copies run on their own stream, out while the layer computes, back one layer ahead of the backward pass.
+them. Copies run on their own stream, out while the next layer computes, back when the backward pass asks for it, a
+little before the layer behind is done.
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ class Stored:
         """The tensors, on their device, in the order they were put. Once only."""
         raise NotImplementedError
 
+    def prefetch(self) -> None:
+        """Begin to bring back what was put before, which the next `take` is for. Where nothing is brought, nothing
+        happens; without this call it is brought when it is taken."""
+
 
 class Store:
     """Keeps tensors where they are."""
 
-    def begin(self, *, prefetch: bool = True) -> None:
-        """A new forward pass starts. With `prefetch` a layer's tensors come back while the one behind it computes."""
+    def begin(self) -> None:
+        """A new forward pass starts."""
 
     def put(self, tensors: list[torch.Tensor]) -> Stored:
         """Keep `tensors`; the caller must not write to them any more."""
@@ -92,25 +97,22 @@ class HostStore(Store):
         self.pool = BlockPool(pinned=device.type == "cuda", block_bytes=block_bytes)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._latest: _Offloaded | None = None
-        self._prefetch = True
 
-    def begin(self, *, prefetch: bool = True) -> None:
-        self._latest, self._prefetch = None, prefetch
+    def begin(self) -> None:
+        self._latest = None
 
     def put(self, tensors: list[torch.Tensor]) -> Stored:
         if self._latest is not None:
             self._latest.leave_device()
-        self._latest = _Offloaded(self, tensors, self._latest, prefetch=self._prefetch)
+        self._latest = _Offloaded(self, tensors, self._latest)
         return self._latest
 
 
 class _Offloaded(Stored):
     """A link of the chain of one forward pass; `_before` is the layer whose backward pass comes next."""
 
-    def __init__(
-        self, store: HostStore, tensors: list[torch.Tensor], before: _Offloaded | None, *, prefetch: bool
-    ) -> None:
-        self._pool, self._stream, self._before, self._prefetch = store.pool, store.stream, before, prefetch
+    def __init__(self, store: HostStore, tensors: list[torch.Tensor], before: _Offloaded | None) -> None:
+        self._pool, self._stream, self._before = store.pool, store.stream, before
         self._shapes = [(t.shape, t.dtype, t.device) for t in tensors]
         self._blocks: list[list[torch.Tensor]] = []
         self._present: list[torch.Tensor] | None = [t.contiguous() for t in tensors]
@@ -127,10 +129,12 @@ class _Offloaded(Stored):
         tensors, self._present = self._present, None
         assert tensors is not None
         self._release()
-        if self._prefetch and self._before is not None and not self._before._taken:
+        return tensors
+
+    def prefetch(self) -> None:
+        if self._before is not None and not self._before._taken:
             self._before.fetch()
         self._before = None
-        return tensors
 
     def leave_device(self) -> None:
         """Let go of the device tensors; whatever reuses their memory on the compute stream waits for the copy."""

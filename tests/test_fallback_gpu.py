@@ -62,7 +62,7 @@ def lm() -> LanguageModel:
 @pytest.fixture(autouse=True)
 def deterministic() -> Iterator[None]:
     """Attention's backward kernels add in any order otherwise. It also fills fresh memory with nan."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's keeps its own order even so
     yield
     torch.backends.cuda.enable_cudnn_sdp(True)

@@ -194,9 +194,8 @@ def test_long_packs_are_run_in_groups(qwen, monkeypatch):
 
     monkeypatch.setattr(layer_run, "attention_forward", counted)
     rows = max(one.num_tokens for one in made)
-    for borders, heads in (((rows + 1, rows + 1), {4}), ((0, rows + 1), {2}), ((0, 0), {1})):
-        monkeypatch.setattr(fused_layer, "_TWO_GROUPS", borders[0])
-        monkeypatch.setattr(fused_layer, "_ALL_GROUPS", borders[1])
+    for borders, heads in ((((rows + 1, 8),), {4}), (((0, 2), (rows + 1, 8)), {2}), (((0, 2), (0, 8)), {1})):
+        monkeypatch.setattr(fused_layer, "_GROUPS", borders)
         calls.clear()
         assert difference(fused(lm, made), expected) < 1e-10
         assert set(calls) == heads
