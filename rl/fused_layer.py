@@ -21,7 +21,7 @@ from tandem.rl.model import LanguageModel
 from tandem.rl.offload import HostStore, Store, fits
 
 # Attention in parts costs little time where each part is long: from these lengths on in two, in four, one by one.
-_GROUPS = ((16_384, 2), (32_768, 4), (65_536, 1 << 30))
+_GROUPS = ((12_288, 2), (24_576, 4), (49_152, 1 << 30))
 # What a pack may leave on the device between its passes before it goes to host memory.
 _STAYS_ON_DEVICE = 512 << 20
 
@@ -32,8 +32,8 @@ class Plan:
 
     Attributes:
         tile_rows: rows that pass the MLP at a time.
-        groups: parts that the KV heads are run in; None: 1, 2 from 16,384 tokens on, 4 from 32,768 on, and each head
-            alone from 65,536 on.
+        groups: parts that the KV heads are run in; None: 1, 2 from 12,288 tokens on, 4 from 24,576 on, and each head
+            alone from 49,152 on.
         attention: what the backward pass has of attention. save: its output and log-sum-exp, stored with the layer's
             input (twice the memory, a fifth less time in attention); recompute: nothing, attention runs forward once
             more; auto: save where the store has room for it.

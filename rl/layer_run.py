@@ -33,6 +33,11 @@ from tandem.rl.layer_ops import (
 )
 
 
+# What the layer before has stored comes back while the last group's attention runs, which takes about as long. From
+# these rows on it waits until attention's memory is free: the device then stands still for a hundredth of the time.
+_LATE = 131_072
+
+
 class Attended(NamedTuple):
     """Attention's output before its projection `[T, q]`, and the log-sum-exp of its scores `[query heads, T]`."""
 
@@ -112,7 +117,7 @@ class LayerRun:
         Args:
             stored: the two of what `attend` gave, where they were kept; emptied, so that memory is free when it can be.
             need_input: without it `grad` is left useless, and only `grads` is filled.
-            when_free: called once the peak of memory is past, with a tenth of the work still to do.
+            when_free: called when what the layer before has stored may come back.
         """
         layer, weights = self.layer, Weights(h.dtype)
         attended = Attended(*stored) if stored else self.attend(h, weights)
@@ -123,9 +128,11 @@ class LayerRun:
         for block in (layer.output, layer.gate_up, layer.down):
             grads.finish(block, weights.of(block))
             weights.drop(block)
-        both = self._attention_backward(h, attended, d_output, weights)
+        rows = h.shape[0]
+        both = self._attention_backward(h, attended, d_output, weights, None if rows >= _LATE else when_free)
         del attended, d_output
-        when_free()
+        if rows >= _LATE:
+            when_free()
         block = weights.of(layer.qkv)
         for t in self.tiles:
             xs = self._attention_inputs(h[t], weights)
@@ -194,14 +201,18 @@ class LayerRun:
         grads.add(layer.output, proj, dys, outputs)
         proj.backward(dys, d_output)
 
-    def _attention_backward(self, h, attended: Attended, d_output: torch.Tensor, weights: Weights) -> torch.Tensor:
+    def _attention_backward(
+        self, h, attended: Attended, d_output: torch.Tensor, weights: Weights, before_last: Callable[[], None] | None
+    ) -> torch.Tensor:
         """The gradients of queries, keys and values, in a buffer `[T, q + 2k (+ rank)]`."""
         block = weights.of(self.layer.qkv)
         both = block.gradients(h.shape[0])
         for t in self.tiles:
             block.forward(self._attention_inputs(h[t], weights), both[t][:, : block.out_features])
         heads = self._heads(both)
-        for q, k in self._groups():
+        for number, (q, k) in enumerate(self._groups(), 1):
+            if before_last is not None and number == self.groups:
+                before_last()
             self._group_backward(
                 heads[0][:, q], heads[1][:, k], heads[2][:, k],
                 self._by_head(attended.output)[:, q], attended.lse[q], self._by_head(d_output)[:, q],

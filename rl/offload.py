@@ -2,8 +2,7 @@
 
 Host memory is a pool of equal blocks, pinned where there is a GPU. Pinning is slow (seconds per 8 GiB), so blocks are
 never given back to the system: a pass takes free ones, the pool grows when there are none, and the backward pass frees
-them. Copies run on their own stream, out while the next layer computes, back when the backward pass asks for it, a
-little before the layer behind is done.
+them. Copies run on their own stream, out while the next layer computes, back when the backward pass asks for it.
 """
 
 from __future__ import annotations

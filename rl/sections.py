@@ -290,8 +290,8 @@ class TrainConfig(Section):
     mlp_tile_rows: Positive = 4096
     """Fused layers: rows that pass the MLP at a time."""
     kv_head_groups: Positive | None = None
-    """Fused layers: parts in which attention's KV heads are run; None: 1, 2 from 16,384 tokens on, all of them apart
-    from 32,768 on."""
+    """Fused layers: parts in which attention's KV heads are run; None: 1, 2 from 12,288 tokens on, 4 from 24,576 on, each
+    head alone from 49,152 on."""
     attention_memory: Literal["auto", "save", "recompute"] = "auto"
     """Fused layers: save attention's output for the backward pass, or recompute it, which takes half the host memory
     and a quarter more time in attention; auto: save where host memory is enough."""
