@@ -28,7 +28,11 @@ from tandem.rl.optim import make_optimizer
 from tandem.rl.report import write_report
 from tandem.rl.trackers import NoTrackers, Trackers
 from tandem.rl.trainer import Trainer, total_steps
-from tandem.rollout.transformers_engine import TransformersEngine
+from tandem.rl.weights import resolve_model
+from tandem.rollout.choose_engine import open_engine
+from tandem.rollout.engine import RolloutEngine
+from tandem.rollout.vllm_plan import VllmOptions
+from tandem.rollout.vllm_versions import refusal as vllm_refusal
 
 
 def run(config: Config, *, dry_run: bool, console: Console) -> bool:
@@ -210,16 +214,44 @@ def _trackers(config: Config, run_dir: Path, resume_step: int | None, console: C
 
 def _open_model(
     config: Config, inputs: Inputs, console: Console
-) -> tuple[LanguageModel, TransformersEngine, tuple[int, ...]]:
+) -> tuple[LanguageModel, RolloutEngine, tuple[int, ...]]:
     from tandem.rl.chat import stop_token_ids
 
-    lm = load_model(config.model, inputs.tokenizer)
+    wanted = config.rollout.engine if config.uses_rollouts else "transformers"
+    lm = load_model(config.model, inputs.tokenizer, shared=wanted != "transformers" and vllm_refusal() is None)
+    for note in lm.notes:
+        console.note(note)
     attach_lora(lm, config.lora, seed=config.seed)
     _attach_fused_layers(lm, config, console)
     if lm.fused is None:
         check_packing(lm)
     stop = stop_token_ids(lm.tokenizer, lm.causal_lm.generation_config, config.rollout.stop_token_ids)
-    return lm, TransformersEngine(lm, max_in_flight=config.rollout.max_in_flight), stop
+    engine = open_engine(
+        wanted,
+        lm,
+        store=lm.store,
+        source=resolve_model(config.model.model_name_or_path),
+        load_in_4bit=config.model.load_in_4bit,
+        options=_vllm_options(config, inputs),
+        max_in_flight=config.rollout.max_in_flight,
+        note=console.note,
+        warn=console.warn,
+    )
+    return lm, engine, stop
+
+
+def _vllm_options(config: Config, inputs: Inputs) -> VllmOptions:
+    rollout = config.rollout
+    prompts = [*(inputs.data.prompts or ()), *(inputs.data.eval_prompts or ())]
+    longest = max((len(p.ids) for p in prompts), default=0) + rollout.max_completion_length
+    return VllmOptions(
+        max_model_len=rollout.max_model_len or -(-longest // 128) * 128,
+        max_num_seqs=rollout.max_in_flight or 256,
+        kv_cache_gib=rollout.kv_cache_gib,
+        kv_cache_dtype=rollout.kv_cache_dtype,
+        enforce_eager=rollout.enforce_eager,
+        cudagraph_sizes=tuple(rollout.cudagraph_sizes) if rollout.cudagraph_sizes else None,
+    )
 
 
 def _with_free_folder(config: Config, console: Console) -> Config:

@@ -116,8 +116,16 @@ class Projection:
         """Rows and columns: outputs and inputs."""
         return self.base.out_features, self.base.in_features
 
+    @property
+    def device(self) -> torch.device:
+        weight = self.base.weight if self.base.weight is not None else self.base.qweight
+        return weight.device  # type: ignore[no-any-return]
+
     def write_weight(self, out: torch.Tensor) -> None:
         """Fill `out` `[out, in]`, whose rows may lie apart, with the weight in its type, dequantised from 4 bits."""
+        if hasattr(self.base, "write_weight"):  # a format of the weight store
+            self.base.write_weight(out)
+            return
         weight = self.base.weight
         if (state := getattr(weight, "quant_state", None)) is None:
             out.copy_(weight.detach())
@@ -146,7 +154,7 @@ class Block:
         """`[out]`, zero where a projection has none; None where no projection has one."""
         if all(one.bias is None for one in self.projections):
             return None
-        device = self.projections[0].base.weight.device
+        device = self.projections[0].device
         parts = [
             torch.zeros(one.size[0], dtype=dtype, device=device) if one.bias is None else one.bias.detach().to(dtype)
             for one in self.projections
@@ -305,14 +313,14 @@ def _projection(layer: Any, name: str) -> Projection:
     module = layer.get_submodule(name)
     wrapped = hasattr(module, "lora_A")
     base = module.get_base_layer() if wrapped else module
-    weight = base.weight
-    if not isinstance(base, torch.nn.Linear) or not (
-        weight.is_floating_point() or getattr(weight, "quant_state", None) is not None
-    ):
-        raise _not_fused(
-            name, f"is a {type(base).__name__} with a {weight.dtype} weight", "4-bit or unquantised weights"
-        )
+    if not (isinstance(base, torch.nn.Linear) and (hasattr(base, "write_weight") or _readable(base.weight))):
+        what = "" if base.weight is None else f" with a {base.weight.dtype} weight"
+        raise _not_fused(name, f"is a {type(base).__name__}{what}", "4-bit or unquantised weights")
     return Projection(name, base, _adapter(module, name) if wrapped else None)
+
+
+def _readable(weight: torch.Tensor) -> bool:
+    return weight.is_floating_point() or getattr(weight, "quant_state", None) is not None
 
 
 def _adapter(module: Any, name: str) -> Adapter | None:

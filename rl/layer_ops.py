@@ -42,7 +42,7 @@ def _prepared(block: Block, dtype: torch.dtype) -> LoraLinear:
         for one, start in zip(block.projections, starts, strict=True)
         if one.adapter is not None
     ]
-    device = block.projections[0].base.weight.device
+    device = block.projections[0].device
     made = LoraLinear(*block.size, branches, bias=block.bias(dtype), dtype=dtype, device=device)
     for one, start in zip(block.projections, starts, strict=True):
         one.write_weight(made.weight[start : start + one.size[0]])

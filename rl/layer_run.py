@@ -32,7 +32,6 @@ from tandem.rl.layer_ops import (
     tiles,
 )
 
-
 # What the layer before has stored comes back while the last group's attention runs, which takes about as long. From
 # these rows on it waits until attention's memory is free: the device then stands still for a hundredth of the time.
 _LATE = 131_072

@@ -6,10 +6,12 @@ the head is applied by `tandem.kernels.linear_logprob`, which never holds all lo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from tandem.kernels.packed_attention import Family, PackLayout, packed_attention
 from tandem.rl.config import ModelConfig
 from tandem.rl.distributed import local_rank
 from tandem.rl.errors import UserError, short
+from tandem.rl.store import WeightStore
 from tandem.rl.weights import resolve_model
 
 PACKED = "tandem_packed"
@@ -39,6 +42,8 @@ class LanguageModel:
         max_length: longest sequence in tokens.
         fused: layers with a hand-written backward pass that packs go through, once attached (`rl.fused_layer`).
         checkpoints: recomputation of the model's own layers, once attached (`rl.checkpoint_offload`).
+        store: the weights, where the model is made of views of them (`rl.store`).
+        notes: what the user should be told of the loading.
     """
 
     model: Any
@@ -49,6 +54,8 @@ class LanguageModel:
     max_length: int
     fused: Any = None
     checkpoints: Any = None
+    store: WeightStore | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def causal_lm(self) -> Any:
@@ -128,8 +135,11 @@ class LayoutInUse:
         _LAYOUT.reset(self._tokens.pop())
 
 
-def load_model(config: ModelConfig, tokenizer: Any) -> LanguageModel:
-    """Load the base model.
+def load_model(config: ModelConfig, tokenizer: Any, *, shared: bool = False) -> LanguageModel:
+    """Load the base model: on a weight store where its weights are quantised here or `shared` with an engine.
+
+    A model that no store can hold is loaded by transformers, if that can give what the config asks for; `notes` of the
+    result say so.
 
     Raises:
         UserError: the model cannot be found or loaded, or its head does something that we do not compute.
@@ -138,21 +148,22 @@ def load_model(config: ModelConfig, tokenizer: Any) -> LanguageModel:
     device = _device(config)
     dtype = _dtype(config, device)
     source = resolve_model(config.model_name_or_path)
-    options: dict[str, Any] = {}
-    if config.load_in_4bit:
-        options["quantization_config"] = _nf4(dtype)
-    if config.load_in_4bit or device.type == "cuda":
-        options["device_map"] = {"": str(device)}
-    try:
-        model = _from_pretrained(
-            source, revision=config.revision, dtype=dtype, trust_remote_code=config.trust_remote_code, **options
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"cannot load the model {config.model_name_or_path!r}: {_first_lines(error)}",
-            fix="give a hub id, a local folder in Hugging Face's format or pkg://PACKAGE/FILE.gguf; "
-            "without access to a hub, download the model first and give its folder",
-        ) from error
+    model = store = None
+    notes: list[str] = []
+    if (shared or config.load_in_4bit) and not config.trust_remote_code:
+        try:
+            store = WeightStore.open(
+                source, format=_store_format(config, source), device=device, dtype=dtype, revision=config.revision
+            )
+            model = store.causal_lm()
+            notes += store.notes
+        except UserError as error:
+            if config.load_in_4bit and config.weight_format != "nf4":
+                raise
+            store = None
+            notes.append(f"trainer and engine cannot share weights: {error.problem}")
+    if model is None:
+        model = _loaded(config, source, device, dtype)
     model.requires_grad_(False)
     model.eval()
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
@@ -163,9 +174,37 @@ def load_model(config: ModelConfig, tokenizer: Any) -> LanguageModel:
         dtype=dtype,
         head=_head_options(model),
         max_length=min(config.max_length or limit, limit),
+        store=store,
+        notes=notes,
     )
     _check_head(loaded)
     return loaded
+
+
+def _store_format(config: ModelConfig, source: str) -> str:
+    if config.load_in_4bit:
+        return config.weight_format
+    given = Path(source) / "config.json"
+    quantised = given.is_file() and "quantization_config" in json.loads(given.read_text(encoding="utf-8"))
+    return "nf4" if quantised else "bf16"
+
+
+def _loaded(config: ModelConfig, source: str, device: torch.device, dtype: torch.dtype) -> Any:
+    options: dict[str, Any] = {}
+    if config.load_in_4bit:
+        options["quantization_config"] = _nf4(dtype)
+    if config.load_in_4bit or device.type == "cuda":
+        options["device_map"] = {"": str(device)}
+    try:
+        return _from_pretrained(
+            source, revision=config.revision, dtype=dtype, trust_remote_code=config.trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"cannot load the model {config.model_name_or_path!r}: {_first_lines(error)}",
+            fix="give a hub id, a local folder in Hugging Face's format or pkg://PACKAGE/FILE.gguf; "
+            "without access to a hub, download the model first and give its folder",
+        ) from error
 
 
 def _from_pretrained(source: str, **options: Any) -> Any:

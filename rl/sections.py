@@ -38,7 +38,10 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU."""
     load_in_4bit: bool = False
-    """Quantise the linear layers to NF4 with bitsandbytes (QLoRA), with double quantisation."""
+    """Quantise the linear layers to 4 bits (QLoRA); made once and kept in Tandem's cache folder."""
+    weight_format: Literal["nf4", "int4"] = "nf4"
+    """Of load_in_4bit. nf4: bitsandbytes' NF4 with double quantisation; int4: groups of 32 in Marlin's layout, which is
+    made for decoding."""
     max_length: Positive | None = None
     """Longest prompt + completion in tokens; None: what the model's own config allows."""
     chat_template: str | None = None
@@ -101,8 +104,9 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """How completions are generated."""
 
-    engine: Literal["auto", "transformers"] = "auto"
-    """transformers: embedded, shares the trainer's model, runs anywhere; auto: the best that works here."""
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """vllm: in this process, on the trainer's weights; transformers: embedded, runs anywhere; auto: the best that works
+    here, and a word on why it is not vllm."""
     num_generations: Annotated[int, Field(ge=1)] = 8
     """Completions per prompt (the group size, G)."""
     max_completion_length: Positive = 512
@@ -116,7 +120,17 @@ class RolloutConfig(Section):
     stop_token_ids: list[int] = Field(default_factory=list)
     """Further token ids that end a completion, beside the model's own end tokens."""
     max_in_flight: Positive | None = None
-    """Completions generated at once; None: the whole batch."""
+    """Completions generated at once; None: the whole batch (vllm: 256)."""
+    max_model_len: Positive | None = None
+    """vllm: longest prompt with completion in tokens; None: what the data's prompts and max_completion_length need."""
+    kv_cache_gib: Annotated[Number, Field(gt=0)] | None = None
+    """vllm: size of the KV cache, given back between rollouts; None: what the batch needs, or what is free."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """vllm: fp8 halves the KV cache and adds mismatch with the trainer: keep algorithm.rollout_correction on."""
+    enforce_eager: bool = False
+    """vllm: no compilation and no CUDA graphs: starts in seconds, decodes several times slower."""
+    cudagraph_sizes: list[Positive] | None = None
+    """vllm: batch sizes that CUDA graphs are captured for; None: a ladder up to max_in_flight (or 256)."""
 
 
 class RewardSpec(Section):
@@ -285,13 +299,13 @@ class TrainConfig(Section):
     """Run packs through layers with a hand-written backward pass, which need a fraction of the memory; None: on a GPU,
     where the model's family is described."""
     offload_activations: bool | None = None
-    """Fused layers: keep what the backward pass needs in host memory; None: on a GPU, for packs that would otherwise
+    """Keep what the backward pass needs of each layer in host memory; None: on a GPU, for packs that would otherwise
     leave more than 512 MiB."""
     mlp_tile_rows: Positive = 4096
     """Fused layers: rows that pass the MLP at a time."""
     kv_head_groups: Positive | None = None
-    """Fused layers: parts in which attention's KV heads are run; None: 1, 2 from 12,288 tokens on, 4 from 24,576 on, each
-    head alone from 49,152 on."""
+    """Fused layers: parts in which attention's KV heads are run; None: 1, 2 from 12,288 tokens on, 4 from 24,576 on,
+    each head alone from 49,152 on."""
     attention_memory: Literal["auto", "save", "recompute"] = "auto"
     """Fused layers: save attention's output for the backward pass, or recompute it, which takes half the host memory
     and a quarter more time in attention; auto: save where host memory is enough."""

@@ -1,0 +1,390 @@
+"""Decode speed, memory, phases and agreement of rollouts: stock vLLM with bitsandbytes, and ours in each weight format.
+
+    python benchmarks/rollout.py /tmp/qwen3-8b --shape qwen3-8b                 # a random checkpoint is made if need be
+    python benchmarks/rollout.py /tmp/qwen3-8b-8 --shape qwen3-8b --layers 8 --systems vllm-bnb tandem-nf4
+
+Every system runs in a process of its own: the same checkpoint, CUDA graphs for exactly the batch sizes measured, an
+adapter of rank 32 on all seven projections, and log-probs of the sampled tokens. `decode`: prompts of 64 random tokens
+and 128 new ones; `tokens_per_s` is the whole call, `decode_tokens_per_s` what is left after the time of a call for one
+token. `start`: seconds until the engine answers. `ledger`: bytes by kind. `phases`: medians over `--cycles` cycles of
+sleep, wake, push and generate, and how far the device's memory drifted. `parity`: engine against trainer log-probs.
+`agreement`: share of prompts whose 64 greedy tokens are those of `vllm-bnb`.
+Writes `benchmarks/results/rollout-DEVICE-DATE.json`, anew after every system.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from random_checkpoint import SHAPES
+from update import GIB, RESULTS, TARGETS, command_line, device_facts, header, result_path, store
+
+SYSTEMS = ("vllm-bnb", "vllm-bf16", "tandem-nf4", "tandem-int4", "tandem-bf16")
+RANK, PROMPT, NEW, GREEDY = 32, 64, 128, 64
+COLUMNS = (
+    "kind",
+    "batch",
+    "seconds",
+    "tokens_per_s",
+    "decode_tokens_per_s",
+    "what",
+    "gib",
+    "sleep_ms",
+    "wake_ms",
+    "push_ms",
+    "drift_mib",
+    "median",
+    "p99",
+    "largest",
+    "share",
+    "error",
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parse(argv)
+    if arguments.worker == "device":
+        print("FACTS " + json.dumps(device_facts()))
+    elif arguments.worker == "checkpoint":
+        make_checkpoint(arguments)
+    elif arguments.worker:
+        work(arguments.worker, arguments)
+    else:
+        compare(arguments, argv)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder of a bfloat16 checkpoint")
+    parser.add_argument(
+        "--shape", choices=tuple(SHAPES), help="make a random checkpoint of this shape if there is none"
+    )
+    parser.add_argument("--layers", type=int, help="with --shape: so many layers only")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=[s for s in SYSTEMS if s != "vllm-bf16"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128, 256])
+    parser.add_argument("--cycles", type=int, default=20)
+    parser.add_argument("--kv-gib", type=float, default=8.0)
+    parser.add_argument("--eager", action="store_true", help="no compilation and no graphs: tries the benchmark out")
+    parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one system")
+    parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results)")
+    parser.add_argument("--worker", choices=(*SYSTEMS, "device", "checkpoint"), help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
+    found, error = run("device", argv, 120)
+    if "FACTS" not in found:
+        raise SystemExit(f"no CUDA device to measure on:\n{error}")
+    result = header("rollout.py", "rollout", argv, found["FACTS"][0]) | {"commands": [], "rows": []}
+    if not (arguments.model / "config.json").is_file():
+        _, error = run("checkpoint", argv, arguments.timeout)
+        if error:
+            raise SystemExit(f"no checkpoint in {arguments.model}:\n{error}")
+    target = result_path(arguments.out or RESULTS, result)
+    with tempfile.TemporaryDirectory() as folder:
+        for system in arguments.systems:
+            tokens = Path(folder) / f"{system}.json"
+            found, error = run(system, [*argv, "--tokens", str(tokens)], arguments.timeout)
+            rows = found.get("ROW", [])
+            stock = Path(folder) / "vllm-bnb.json"
+            if system != "vllm-bnb" and stock.is_file() and tokens.is_file():
+                rows.append(row(system, arguments, kind="agreement", share=agreement(stock, tokens)))
+            if error:
+                rows.append(row(system, arguments, error=error))
+            for one in rows:
+                print(json.dumps({k: v for k, v in one.items() if v is not None}), flush=True)
+            result["commands"].append(command_line("rollout.py", [*argv, "--worker", system]))
+            result["rows"] += rows
+            store(target, result)
+    print(target)
+
+
+def run(worker: str, argv: list[str], timeout: float) -> tuple[dict[str, list[Any]], str | None]:
+    """What a worker's process printed, by the first word of the line, and what went wrong with it."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        with out.open("w") as stdout, err.open("w") as stderr:
+            command = [sys.executable, __file__, *argv, "--worker", worker]
+            process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
+            try:
+                code: int | None = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                code = None
+        found: dict[str, list[Any]] = {}
+        for line in out.read_text(encoding="utf-8", errors="replace").splitlines():
+            kind, _, rest = line.partition(" ")
+            if kind in ("ROW", "FACTS"):
+                found.setdefault(kind, []).append(json.loads(rest))
+        said = err.read_text(encoding="utf-8", errors="replace").strip()[-1500:]
+    if code is None:
+        return found, f"stopped after {timeout:.0f} s: {said}"
+    return found, None if code == 0 else said or f"{worker} ended with code {code}"
+
+
+def agreement(one: Path, other: Path) -> float:
+    """Share of prompts with the same tokens."""
+    pairs = list(zip(json.loads(one.read_text()), json.loads(other.read_text()), strict=True))
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
+def row(system: str, arguments: argparse.Namespace, **values: Any) -> dict[str, Any]:
+    known = {"system": system, "model": arguments.model.name, "layers": arguments.layers}
+    sizes = {"prompt_tokens": PROMPT, "new_tokens": NEW, "cycles": arguments.cycles, "kv_gib": arguments.kv_gib}
+    return known | sizes | dict.fromkeys(COLUMNS) | values
+
+
+def say(system: str, arguments: argparse.Namespace, **values: Any) -> None:
+    print("\nROW " + json.dumps(row(system, arguments, **values)), flush=True)
+
+
+def make_checkpoint(arguments: argparse.Namespace) -> None:
+    """A random bfloat16 checkpoint; the tokens do not need a tokenizer."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    if not arguments.shape:
+        raise SystemExit("there is no config.json, and no --shape to make one of")
+    sizes = dict(SHAPES[arguments.shape])
+    sizes["num_hidden_layers"] = arguments.layers or sizes["num_hidden_layers"]
+    config = Qwen3Config(**sizes, max_position_embeddings=32768, rope_theta=1e6, tie_word_embeddings=False)
+    config.dtype = torch.bfloat16
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = Qwen3ForCausalLM(config)
+    model.save_pretrained(arguments.model, max_shard_size="4GB")
+
+
+class Stock:
+    """vLLM as it is, with the sizes, switches and the (empty) adapter of ours."""
+
+    def __init__(self, arguments: argparse.Namespace, quantization: str | None) -> None:
+        import torch
+
+        from tandem.rollout.vllm_engine import ENVIRONMENT, engine_arguments, load_api
+
+        os.environ.update(ENVIRONMENT)
+        self.api = load_api()
+        cache = int(arguments.kv_gib * GIB)
+        device = torch.device("cuda")
+        given = engine_arguments(options(arguments), 1024, cache, RANK, TARGETS, torch.bfloat16, device)
+        self.llm = self.api.LLM(str(arguments.model), **given, quantization=quantization, worker_cls=self.api.worker)
+        self.llm.collective_rpc("policy_stacks", args=(8,))
+
+    def generate(self, prompts: list[Any], sampling: Any) -> list[list[int]]:
+        request = self.api.LoRARequest("policy@0", 1, "/unused")
+        params = self.api.SamplingParams(
+            seed=sampling.seed,
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_completion_length,
+            ignore_eos=True,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+        )
+        asked = [{"prompt_token_ids": prompt.ids} for prompt in prompts]
+        outputs = self.llm.generate(asked, params, use_tqdm=False, lora_request=request)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+class Ours:
+    """The engine on a store, with the trainer's model beside it."""
+
+    def __init__(self, arguments: argparse.Namespace, format: str) -> None:
+        from types import SimpleNamespace
+
+        import torch
+
+        from tandem.kernels.linear_logprob import HeadOptions
+        from tandem.rl.config import LoraConfig
+        from tandem.rl.lora import attach_lora
+        from tandem.rl.model import LanguageModel
+        from tandem.rl.store import WeightStore
+        from tandem.rollout.vllm_engine import VllmEngine
+
+        self.store = WeightStore.open(arguments.model, format=format, device="cuda")
+        self.used_by_store = used()
+        tokenizer = SimpleNamespace(pad_token_id=0)
+        model, device = self.store.causal_lm(), torch.device("cuda")
+        self.lm = LanguageModel(model, tokenizer, device, torch.bfloat16, HeadOptions(), 1024)
+        attach_lora(self.lm, LoraConfig(r=RANK, target_modules=TARGETS), seed=0)
+        self.used_by_trainer = used()
+        self.engine = VllmEngine(self.lm, self.store, options(arguments))
+
+    def generate(self, prompts: list[Any], sampling: Any) -> list[list[int]]:
+        return [group.completions[0].ids for group in self.engine.generate(prompts, sampling)]
+
+
+def options(arguments: argparse.Namespace) -> Any:
+    from tandem.rollout.vllm_plan import VllmOptions
+
+    return VllmOptions(
+        max_model_len=1024,
+        max_num_seqs=max(arguments.batches),
+        kv_cache_gib=arguments.kv_gib,
+        enforce_eager=arguments.eager,
+        cudagraph_sizes=tuple(sorted(arguments.batches)),
+    )
+
+
+def work(system: str, arguments: argparse.Namespace) -> None:
+    import torch
+
+    started = time.perf_counter()
+    torch.cuda.init()
+    family, _, format = system.partition("-")
+    quantization = "bitsandbytes" if format == "bnb" else None
+    made: Any = Stock(arguments, quantization) if family == "vllm" else Ours(arguments, format)
+    made.generate(prompts(2, seed=1), sampling(4))
+    say(system, arguments, kind="start", seconds=round(time.perf_counter() - started, 1))
+    say(system, arguments, kind="ledger", what="device, all", gib=used() / GIB)
+    for batch in arguments.batches:
+        say(system, arguments, kind="decode", batch=batch, **decode(made, batch))
+    if arguments.tokens:
+        greedy = made.generate(prompts(64, seed=2), sampling(GREEDY, temperature=0.0))
+        arguments.tokens.write_text(json.dumps(greedy))
+    if isinstance(made, Ours):
+        ledger(system, arguments, made)
+        say(system, arguments, kind="parity", what="first step", **parity(made))
+        move(made.lm)
+        made.engine.load_adapter(1)
+        say(system, arguments, kind="parity", what="after an update", **parity(made))
+        say(system, arguments, kind="phases", **phases(made, arguments.cycles))
+        say(system, arguments, kind="parity", what="after the cycles", **parity(made))
+
+
+def prompts(count: int, *, seed: int) -> list[Any]:
+    import random
+
+    from tandem.rl.samples import Prompt
+
+    draw = random.Random(seed)
+    return [Prompt(i, [draw.randrange(10, 30_000) for _ in range(PROMPT)], "") for i in range(count)]
+
+
+def sampling(tokens: int, temperature: float = 1.0) -> Any:
+    from tandem.rl.samples import Sampling
+
+    return Sampling(max_completion_length=tokens, temperature=temperature)
+
+
+def decode(made: Any, batch: int) -> dict[str, Any]:
+    """The better of two calls. Prompts are new ones every time, or the prefix cache would answer."""
+    import torch
+
+    def seconds(tokens: int, seed: int) -> float:
+        asked = prompts(batch, seed=seed)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        answers = made.generate(asked, sampling(tokens))
+        torch.cuda.synchronize()
+        elapsed = time.perf_counter() - started
+        assert all(len(answer) == tokens for answer in answers)
+        return elapsed
+
+    first = min(seconds(1, 1000 * batch + i) for i in (1, 2))
+    whole = min(seconds(NEW, 1000 * batch + i) for i in (3, 4))
+    return {
+        "seconds": round(whole, 4),
+        "tokens_per_s": round(batch * NEW / whole, 1),
+        "decode_tokens_per_s": round(batch * (NEW - 1) / (whole - first), 1),
+    }
+
+
+def ledger(system: str, arguments: argparse.Namespace, made: Ours) -> None:
+    sizes = {f"store: {kind}": size for kind, size in made.store.ledger().items()}
+    masters = sum(p.nbytes for p in made.lm.model.parameters() if p.requires_grad)
+    stacks = made.engine._llm.collective_rpc("policy_stacks", args=(8,))[0]
+    buffers = sum(t.nbytes for stack in stacks.values() for t in (*stack.a, *stack.b))
+    awake = used()
+    made.engine.sleep()
+    asleep = used()
+    made.engine.wake()
+    sizes |= {
+        "adapter: float32 masters": masters,
+        "adapter: engine's buffers": buffers,
+        "context and libraries": made.used_by_store - sum(v for k, v in made.store.ledger().items() if "host" not in k),
+        "engine beside weights, adapter and KV cache": asleep - made.used_by_trainer - buffers,
+        "KV cache": awake - asleep,
+        "device, asleep": asleep,
+    }
+    for what, size in sizes.items():
+        say(system, arguments, kind="ledger", what=what, gib=size / GIB)
+
+
+def parity(made: Ours) -> dict[str, Any]:
+    import torch
+
+    from tandem.rl.samples import Sampling
+    from tandem.rollout.parity import log_prob_difference
+
+    groups = made.engine.generate(prompts(16, seed=5), Sampling(max_completion_length=GREEDY, seed=3))
+    own = []
+    with torch.no_grad():
+        for group in groups:
+            ids = torch.tensor([group.prompt.ids + group.completions[0].ids]).cuda()
+            logits = made.lm.model(input_ids=ids).logits[0, PROMPT - 1 : -1].float()
+            own.append(logits.log_softmax(-1).gather(-1, ids[0, PROMPT:, None])[:, 0].cpu())
+    found = log_prob_difference(groups, own)
+    return {"median": found.median, "p99": found.p99, "largest": found.largest}
+
+
+def phases(made: Ours, cycles: int) -> dict[str, Any]:
+    import torch
+
+    times: dict[str, list[float]] = {"sleep_ms": [], "wake_ms": [], "push_ms": []}
+    history = []
+    for cycle in range(cycles):
+        for name, call in (
+            ("sleep_ms", made.engine.sleep),
+            ("wake_ms", made.engine.wake),
+            ("push_ms", lambda cycle=cycle: made.engine.load_adapter(10 + cycle)),
+        ):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - started) * 1e3)
+        made.generate(prompts(8, seed=cycle), sampling(8))
+        history.append(used())
+    drift = (history[-1] - history[min(1, len(history) - 1)]) / (1 << 20)
+    return {name: round(statistics.median(values), 2) for name, values in times.items()} | {"drift_mib": drift}
+
+
+def move(lm: Any) -> None:
+    """An update that shows: random B."""
+    import torch
+
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in lm.model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cuda") * 0.01)
+
+
+def used() -> int:
+    """Bytes of the device in use, once PyTorch has given back what it does not need."""
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+if __name__ == "__main__":
+    main()

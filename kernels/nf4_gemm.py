@@ -1,0 +1,345 @@
+"""x·Wᵀ with W in NF4, for the few rows of a decode step: the 4-bit bytes are read once and unpacked in registers.
+
+The weights that are multiplied are bit for bit those that bitsandbytes unpacks: level·scale in float32, rounded to
+bfloat16. Two neighbouring inputs share a byte, so a tile of bytes gives two products: its high nibbles with the even
+inputs of x, its low ones with the odd. W is the left operand: 64 of its rows fill the tensor cores where x has one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tandem.kernels.nf4 import NestedAbsmax, dequantize_nf4
+from tandem.kernels.reference import NF4_LEVELS, Impl, picks_triton
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the twin answers where Triton does not exist
+    triton = None
+
+# Rows of x up to which this beats unpacking the weight for cuBLAS; callers switch.
+BEST_UP_TO_ROWS = 64
+MAX_PARTS = 3
+_BLOCK = 64
+# Programs that a launch should have, per multiprocessor, before the inputs are no longer split among several.
+_PROGRAMS = 2
+
+# absmax, absmax2, code2, offsets
+_Scales = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+        block_n: weight rows per program. block_m: rows of x per program. unroll: blocks of 64 inputs per turn.
+        lookup: how a nibble becomes its level: `shuffle`, where every lane of a warp holds a level and gives it to
+            whoever asks (half the instructions, but inline assembly), or `load` from a table of 64 bytes, which should
+            go with one stage: more would stage the table in shared memory too. Off NVIDIA's devices it is `load`.
+        splits: programs that share the inputs of a tile; None: as many as fill the device.
+    """
+
+    block_n: int = 64
+    block_m: int = 16
+    unroll: int = 2
+    warps: int = 4
+    stages: int = 3
+    lookup: Literal["load", "shuffle"] = "shuffle"
+    splits: int | None = None
+
+
+# By rows of x.
+_CONFIGS = (
+    (16, Config(block_n=64, block_m=16)),
+    (32, Config(block_n=64, block_m=32)),
+    (64, Config(block_n=128, block_m=64)),
+)
+_LARGEST = Config(block_n=128, block_m=128, warps=8)
+
+
+def default_config(rows: int) -> Config:
+    """The table's entry for so many rows of x."""
+    return next((config for limit, config in _CONFIGS if rows <= limit), _LARGEST)
+
+
+def nf4_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax2: torch.Tensor | None,
+    code2: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    part_rows: Sequence[int],
+    blocksize: int = 64,
+    blocksize2: int = 256,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    *,
+    config: Config | None = None,
+    impl: Impl | None = None,
+) -> torch.Tensor:
+    """x·Wᵀ + bias, sums in float32; the same bits at every call. Safe under CUDA graph capture after a first call.
+
+    W holds projections of one input, each quantised on its own, rows one behind the other.
+
+    Args:
+        x: `[M, in]` bfloat16, in a multiple of 64.
+        packed: `out·in / 2` bytes, high nibble first.
+        absmax: `[out·in / 64]` uint8, or float32 scales that are not nested; then absmax2, code2 and offsets are None.
+        absmax2: `[Σ ceil(rows_i·in / 64 / 256)]` float32, those of each part behind the last. code2: `[256]` float32.
+        offsets: `[parts]` float32. part_rows: rows of each part, at most 3, their sum is out.
+        bias: `[out]`. out: a bfloat16 buffer `[M, out]` with unit stride along `out`.
+        config: of the kernel; default by M.
+
+    Returns:
+        `[M, out]` bfloat16.
+
+    Raises:
+        ValueError: sizes or types that do not fit each other.
+    """
+    part_rows = tuple(part_rows)
+    rows, width = sum(part_rows), x.shape[1]
+    packed = packed.view(-1)
+    _check(x, packed, absmax, absmax2, code2, offsets, part_rows, blocksize, blocksize2, bias)
+    if out is None:
+        out = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
+    if tuple(out.shape) != (x.shape[0], rows) or out.dtype != x.dtype or out.stride(1) != 1:
+        raise ValueError(f"out {tuple(out.shape)} {out.dtype}: {x.dtype} [{x.shape[0]}, {rows}] is needed")
+    if not out.numel():
+        return out
+    scales = (absmax, absmax2, code2, offsets)
+    if picks_triton(x, impl):
+        _multiply_triton(x, packed, scales, part_rows, blocksize2, bias, out, config or default_config(x.shape[0]))
+        return out
+    weight = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    for part, part_scales in _parts(scales, part_rows, width, blocksize2):
+        piece = packed[part.start * width // 2 : part.stop * width // 2]
+        dequantize_nf4(piece, part_scales, (part.stop - part.start, width), blocksize, out=weight[part], impl=impl)
+    product = x.float() @ weight.float().t()
+    return out.copy_(product if bias is None else product + bias.float())
+
+
+def _check(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax2: torch.Tensor | None,
+    code2: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    part_rows: tuple[int, ...],
+    blocksize: int,
+    blocksize2: int,
+    bias: torch.Tensor | None,
+) -> None:
+    rows, width = sum(part_rows), x.shape[1]
+    if x.dim() != 2 or x.dtype != torch.bfloat16:
+        raise ValueError(f"x {tuple(x.shape)} {x.dtype}: a bfloat16 matrix is needed")
+    if blocksize != _BLOCK or width % _BLOCK:
+        raise ValueError(f"blocksize={blocksize}, {width} inputs: whole blocks of {_BLOCK} are needed")
+    if blocksize2 < 1 or blocksize2 & (blocksize2 - 1):
+        raise ValueError(f"blocksize2={blocksize2} is no power of two")
+    if not 1 <= len(part_rows) <= MAX_PARTS or min(part_rows) < 1:
+        raise ValueError(f"part_rows={part_rows}: from 1 to {MAX_PARTS} parts with rows are needed")
+    blocks = width // _BLOCK
+    outer = sum(math.ceil(count * blocks / blocksize2) for count in part_rows)
+    nested = absmax.dtype == torch.uint8
+    wanted = [
+        ("packed", packed, torch.uint8, rows * width // 2),
+        ("absmax", absmax, torch.uint8 if nested else torch.float32, rows * blocks),
+    ]
+    for name, tensor, count in (
+        ("absmax2", absmax2, outer),
+        ("code2", code2, 256),
+        ("offsets", offsets, len(part_rows)),
+    ):
+        if (tensor is not None) != nested:
+            raise ValueError(f"absmax in {absmax.dtype}: {name} is {'needed' if nested else 'of no use'}")
+        if tensor is not None:
+            wanted.append((name, tensor, torch.float32, count))
+    for name, tensor, dtype, count in wanted:
+        if tensor.dtype != dtype or tensor.numel() != count or not tensor.is_contiguous():
+            raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype}: {count} contiguous {dtype} are needed")
+    if bias is not None and (tuple(bias.shape) != (rows,) or not bias.is_contiguous()):
+        raise ValueError(f"bias {tuple(bias.shape)}: [{rows}] is needed")
+
+
+def _parts(
+    scales: _Scales, part_rows: tuple[int, ...], width: int, blocksize2: int
+) -> Iterator[tuple[slice, torch.Tensor | NestedAbsmax]]:
+    """Rows and scales of every part."""
+    absmax, absmax2, code2, offsets = scales
+    blocks, row, outer = width // _BLOCK, 0, 0
+    for index, count in enumerate(part_rows):
+        inner = absmax.view(-1)[row * blocks : (row + count) * blocks]
+        end = outer + math.ceil(count * blocks / blocksize2)
+        if absmax2 is None or code2 is None or offsets is None:
+            yield slice(row, row + count), inner
+        else:
+            yield slice(row, row + count), NestedAbsmax(inner, absmax2[outer:end], code2, offsets[index], blocksize2)
+        row, outer = row + count, end
+
+
+@functools.cache
+def _levels(device: torch.device) -> torch.Tensor:
+    return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _split(blocks: int, count: int, tiles: int, config: Config, device: torch.device) -> tuple[int, int]:
+    """Blocks of inputs per program, in whole turns, and programs per tile, for so many rows of x."""
+    turns = math.ceil(blocks / config.unroll)
+    wanted = config.splits
+    if wanted is None:
+        # Partial sums are written and read, 8 bytes each: no more of them than bytes of weights.
+        affordable = blocks * _BLOCK // 2 // (8 * count)
+        wanted = min(math.ceil(_PROGRAMS * _multiprocessors(device) / tiles), affordable)
+    per_program = math.ceil(turns / min(max(wanted, 1), turns)) * config.unroll
+    return per_program, math.ceil(blocks / per_program)
+
+
+def _multiply_triton(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: _Scales,
+    part_rows: tuple[int, ...],
+    blocksize2: int,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    config: Config,
+) -> None:
+    absmax, absmax2, code2, offsets = scales
+    (count, width), rows = x.shape, out.shape[1]
+    if x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4:
+        x = x.contiguous()
+    pairs = x.view(torch.int32)  # two neighbours at once
+    blocks = width // _BLOCK
+    first = part_rows[0]
+    second = first + part_rows[1] if len(part_rows) > 1 else rows
+    outer1 = math.ceil(first * blocks / blocksize2)
+    outer2 = outer1 + (math.ceil(part_rows[1] * blocks / blocksize2) if len(part_rows) > 1 else 0)
+    tiles_n, tiles_m = triton.cdiv(rows, config.block_n), triton.cdiv(count, config.block_m)
+    per_program, splits = _split(blocks, count, tiles_n * tiles_m, config, x.device)
+    # Sums of one program each, added in a fixed order by a second kernel. In a captured graph this is graph memory.
+    sums = out if splits == 1 else torch.empty(splits, count, rows, dtype=torch.float32, device=x.device)
+    levels = _levels(x.device)
+    shuffle = config.lookup == "shuffle" and x.is_cuda and torch.version.cuda is not None
+    nested = (tensor if tensor is not None else levels for tensor in (absmax2, code2, offsets))
+    _gemm_kernel[(tiles_n, splits, tiles_m)](
+        pairs, packed, absmax, *nested, levels, out if bias is None else bias, sums,
+        count, rows, blocks, per_program, pairs.stride(0), sums.stride(-2), count * rows,
+        first, second, outer1, outer2,
+        OUTER=blocksize2, BLOCK_N=config.block_n, BLOCK_M=config.block_m, UNROLL=config.unroll,
+        EVEN=blocks % per_program == 0 and per_program % config.unroll == 0,
+        NESTED=absmax2 is not None, BIAS=bias is not None and splits == 1, SHUFFLE=shuffle,
+        WIDE=not x.is_cuda,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+    )  # fmt: skip
+    if splits > 1:
+        _sum_kernel[(triton.cdiv(rows, 512), count)](
+            sums, out if bias is None else bias, out, rows, out.stride(0), count * rows, splits,
+            BIAS=bias is not None, BLOCK=512, num_warps=4,
+        )  # fmt: skip
+
+
+if triton is not None:
+
+    @triton.jit
+    def _level(nibble, levels, mine, SHUFFLE: tl.constexpr):
+        """float32 levels of the low four bits."""
+        if SHUFFLE:
+            # Lanes in two halves of 16: the lane asked is the nibble, higher bits are not looked at.
+            return tl.inline_asm_elementwise(
+                "shfl.sync.idx.b32 $0, $1, $2, 0x101f, 0xffffffff;", "=f,f,r", [mine, nibble],
+                dtype=tl.float32, is_pure=True, pack=1,
+            )  # fmt: skip
+        return tl.load(levels + (nibble & 15))
+
+    # Their values differ from call to call and would only have the same code compiled again.
+    @triton.jit(do_not_specialize=["count", "per_program"])
+    def _gemm_kernel(
+        x, packed, absmax, absmax2, code2, offsets, levels, bias, out,
+        count, rows, blocks, per_program, x_stride, out_stride, split_stride, row1, row2, outer1, outer2,
+        OUTER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr,
+        NESTED: tl.constexpr, BIAS: tl.constexpr, SHUFFLE: tl.constexpr, WIDE: tl.constexpr,
+    ):  # fmt: skip
+        """`[BLOCK_N]` outputs of `[BLOCK_M]` rows of x over `per_program` blocks of 64 inputs."""
+        out_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        # Beyond the last row the last one is read again: loads without masks, results that nobody stores.
+        row = tl.minimum(out_row, rows - 1)
+        if NESTED:
+            part = (row >= row1).to(tl.int32) + (row >= row2).to(tl.int32)
+            offset = tl.load(offsets + part)
+            inner_block = (row - tl.where(part == 2, row2, tl.where(part == 1, row1, 0))) * blocks
+            outer = absmax2 + tl.where(part == 2, outer2, tl.where(part == 1, outer1, 0))
+        token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+        byte = tl.arange(0, 32)
+        row_block = row.to(tl.int64) * blocks
+        bytes_at = packed + row_block[:, None] * 32 + byte[None, :]
+        x_at = x + tl.minimum(token, count - 1).to(tl.int64)[None, :] * x_stride + byte[:, None]
+        mine = 0.0
+        if SHUFFLE:
+            lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+            mine = tl.load(levels + (lane & 15))
+        begin = tl.program_id(1) * per_program
+        end = tl.minimum(begin + per_program, blocks)
+        sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        for turn in range(begin, end, UNROLL):
+            for step in tl.static_range(UNROLL):
+                block = turn + step
+                if not EVEN:
+                    block = tl.minimum(block, end - 1)
+                pair = tl.load(bytes_at + block * 32)
+                both = tl.load(x_at + block * 32)
+                if not EVEN:  # a turn that reaches too far multiplies by zeros
+                    both = tl.where(turn + step < end, both, 0)
+                inner = tl.load(absmax + row_block + block)
+                if NESTED:
+                    # Without fused multiply-add: bitsandbytes rounds the product before it adds the offset.
+                    scale = tl.load(code2 + inner.to(tl.int32)) * tl.load(outer + (inner_block + block) // OUTER)
+                    scale += offset
+                else:
+                    scale = inner
+                nibbles = pair.to(tl.int32)
+                high = (_level(nibbles >> 4, levels, mine, SHUFFLE) * scale[:, None]).to(tl.bfloat16)
+                low = (_level(nibbles, levels, mine, SHUFFLE) * scale[:, None]).to(tl.bfloat16)
+                even = both.to(tl.int16).to(tl.bfloat16, bitcast=True)
+                odd = (both >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+                if WIDE:  # for the interpreter, which takes bfloat16 for integers
+                    sums = tl.dot(high.to(tl.float32), even.to(tl.float32), sums)
+                    sums = tl.dot(low.to(tl.float32), odd.to(tl.float32), sums)
+                else:
+                    sums = tl.dot(high, even, sums)
+                    sums = tl.dot(low, odd, sums)
+        if BIAS:
+            sums += tl.load(bias + row).to(tl.float32)[:, None]
+        inside = (out_row < rows)[:, None] & (token < count)[None, :]
+        target = tl.program_id(1).to(tl.int64) * split_stride + token.to(tl.int64)[None, :] * out_stride
+        tl.store(out + target + out_row[:, None], sums.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit(do_not_specialize=["splits"])
+    def _sum_kernel(
+        sums, bias, out, rows, out_stride, split_stride, splits, BIAS: tl.constexpr, BLOCK: tl.constexpr
+    ):  # fmt: skip
+        row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        token = tl.program_id(1).to(tl.int64)
+        inside = row < rows
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        at = sums + token * rows + row
+        for _ in range(splits):
+            total += tl.load(at, mask=inside, other=0.0)
+            at += split_stride
+        if BIAS:
+            total += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + token * out_stride + row, total.to(out.dtype.element_ty), mask=inside)

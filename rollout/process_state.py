@@ -1,0 +1,110 @@
+"""What an inference engine changes in the process around it, put back.
+
+vLLM reseeds every random generator, sets the precision of float32 products, freezes the garbage collector's heap,
+moves to a CUDA stream of its own, writes environment variables at import and talks a lot.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def preserved(environment: Mapping[str, str] | None = None, *, quiet: str | None = None) -> Iterator[None]:
+    """Leave the process as it was found: random states, float32 precision, default type and device, the collector's
+    frozen heap, the current CUDA stream, environment variables.
+
+    Args:
+        environment: variables set while this is open, where the user has not set them.
+        quiet: a logger that says errors only while this is open; None: none.
+    """
+    before = _snapshot()
+    logger = logging.getLogger(quiet) if quiet else None
+    level = logger.level if logger else 0
+    os.environ.update({k: v for k, v in (environment or {}).items() if k not in os.environ})
+    if logger:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        if logger:
+            logger.setLevel(level)
+        _restore(before)
+
+
+@contextmanager
+def frozen_heap() -> Iterator[None]:
+    """What lives now is not looked through by collections while this is open, which then take no time."""
+    had = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not had:
+            gc.unfreeze()
+
+
+@contextmanager
+def on_stream(stream: Any) -> Iterator[None]:
+    """Run on another CUDA stream; everything before is finished when it starts, and it is when this closes.
+
+    Args:
+        stream: None (a CPU): nothing happens.
+    """
+    if stream is None:
+        yield
+        return
+    torch.cuda.synchronize(stream.device)
+    before = torch.cuda.current_stream(stream.device)
+    # Not `torch.cuda.stream(…)`: vLLM follows `set_stream` to know where it is.
+    torch.cuda.set_stream(stream)
+    try:
+        yield
+    finally:
+        torch.cuda.synchronize(stream.device)
+        torch.cuda.set_stream(before)
+
+
+def _snapshot() -> dict[str, Any]:
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return {
+        "environment": dict(os.environ),
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if cuda else None,
+        "precision": torch.get_float32_matmul_precision(),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "frozen": gc.get_freeze_count(),
+        "stream": torch.cuda.current_stream() if cuda else None,
+    }
+
+
+def _restore(state: dict[str, Any]) -> None:
+    for name in os.environ.keys() - state["environment"].keys():
+        del os.environ[name]
+    os.environ.update(state["environment"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    torch.set_float32_matmul_precision(state["precision"])
+    torch.set_default_dtype(state["dtype"])
+    if torch.get_default_device() != state["device"]:
+        torch.set_default_device(state["device"])
+    if gc.get_freeze_count() and not state["frozen"]:
+        gc.unfreeze()
+    if state["stream"] is not None and torch.cuda.current_stream() != state["stream"]:
+        torch.cuda.synchronize()
+        torch.cuda.set_stream(state["stream"])
