@@ -429,7 +429,9 @@ def header(script: str, bench: str, argv: list[str], device: dict[str, Any]) -> 
 
 
 def command_line(script: str, argv: list[str]) -> str:
-    return " ".join(["python", f"benchmarks/{script}", *argv])
+    """As it would be typed; where the result was put does not belong to it."""
+    kept = [word for i, word in enumerate(argv) if word != "--out" and (i == 0 or argv[i - 1] != "--out")]
+    return " ".join(["python", f"benchmarks/{script}", *kept])
 
 
 def result_path(folder: Path, result: dict[str, Any]) -> Path:

@@ -19,6 +19,23 @@ def test_the_demo_table_is_that_of_the_newest_result():
     assert text.partition(module.BEGIN)[2].partition(module.END)[0].strip() == table
 
 
+def test_the_table_of_updates_is_that_of_the_stored_results():
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme_tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.partition(module.BEGIN)[2].partition(module.END)[0].strip() == module.update_table()
+
+
+def test_the_demo_on_a_gpu_learns_alike_in_both_ways():
+    newest = sorted((ROOT / "benchmarks" / "results").glob("demo-h100-*.json"))[-1]
+    rows = json.loads(newest.read_text(encoding="utf-8"))["rows"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for system in ("tandem", "tandem-plain"):
+        scores = [row["score_after"] for row in rows if row["system"] == system]
+        assert ", ".join(f"{score:.2f}" for score in scores) in text
+
+
 def test_every_seed_of_the_demo_gains_a_quarter():
     newest = sorted((ROOT / "benchmarks" / "results").glob("demo-cpu-*.json"))[-1]
     rows = json.loads(newest.read_text(encoding="utf-8"))["rows"]
