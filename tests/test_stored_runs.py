@@ -1,4 +1,4 @@
-"""Whole runs on the weight store, as a user starts them: 4-bit weights of both kinds, and engines that cannot be had."""
+"""Whole runs on the weight store, as a user starts them: both kinds of 4-bit weights, engines that cannot be had."""
 
 from __future__ import annotations
 
