@@ -217,7 +217,7 @@ def _open_model(
 ) -> tuple[LanguageModel, RolloutEngine, tuple[int, ...]]:
     from tandem.rl.chat import stop_token_ids
 
-    wanted = config.rollout.engine if config.uses_rollouts else "transformers"
+    wanted = _wanted_engine(config, console)
     lm = load_model(config.model, inputs.tokenizer, shared=wanted != "transformers" and vllm_refusal() is None)
     for note in lm.notes:
         console.note(note)
@@ -238,6 +238,17 @@ def _open_model(
         warn=console.warn,
     )
     return lm, engine, stop
+
+
+def _wanted_engine(config: Config, console: Console) -> str:
+    """The engine to try. The vLLM engine has not run on a GPU yet, so a run gets it only by name."""
+    if not config.uses_rollouts or config.rollout.engine == "transformers":
+        return "transformers"
+    if config.rollout.engine == "vllm":
+        return "vllm"
+    if config.model.device != "cpu" and vllm_refusal() is None:
+        console.note("rollouts go through transformers; rollout.engine=vllm is faster, and still on trial")
+    return "transformers"
 
 
 def _vllm_options(config: Config, inputs: Inputs) -> VllmOptions:
