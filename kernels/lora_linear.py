@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tandem.kernels.row_copy import copy_rows
+
 # Tensor cores want rows of 16 bytes; the rest of the rank is zero.
 _RANK_MULTIPLE = 8
 
@@ -73,7 +75,7 @@ class LoraLinear:
         count = x if isinstance(x, int) else x.shape[0]
         xs = self._buffer.new_empty(count, self.in_features + self.rank)
         if not isinstance(x, int):
-            xs[:, : self.in_features].copy_(x)
+            copy_rows(xs[:, : self.in_features], x)
             self.complete_inputs(xs)
         return xs
 
@@ -87,7 +89,7 @@ class LoraLinear:
         count = dy if isinstance(dy, int) else dy.shape[0]
         dys = self._buffer.new_empty(count, self.out_features + self.rank)
         if not isinstance(dy, int):
-            dys[:, : self.out_features].copy_(dy)
+            copy_rows(dys[:, : self.out_features], dy)
             self.complete_gradients(dys)
         return dys
 

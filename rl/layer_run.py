@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from tandem.kernels.packed_attention import PackLayout, attention_backward, attention_forward
+from tandem.kernels.row_copy import copy_rows
 from tandem.rl.families import Layer, Norm
 from tandem.rl.layer_ops import (
     LoraGrads,
@@ -98,7 +99,8 @@ class LayerRun:
         lse = torch.empty(layer.query_heads, rows, dtype=wide, device=h.device)
         for q, k in self._groups():
             out, lse[q] = self._attention(query[:, q], key[:, k], value[:, k])
-            self._by_head(output)[:, q].copy_(out)
+            columns = slice(q.start * layer.head_dim, q.stop * layer.head_dim)
+            copy_rows(output[:, columns], out.flatten(1))
         return Attended(output, lse)
 
     def backward(

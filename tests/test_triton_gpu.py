@@ -18,6 +18,7 @@ from tandem.kernels.nf4 import dequantize_nf4, from_quant_state
 from tandem.kernels.reference import NF4_LEVELS, picks_triton
 from tandem.kernels.rms_norm import rms_norm, rms_norm_backward
 from tandem.kernels.rope import qk_norm_rope, qk_norm_rope_backward, rope_, rope_tables
+from tandem.kernels.row_copy import copy_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -149,6 +150,15 @@ def test_nf4_bit_for_bit_as_bitsandbytes(dtype, nested, shape, blocksize) -> Non
     assert torch.equal(ours.dequantize(packed, wide[: shape[0], : shape[1]]), want)
     assert wide[shape[0] :].isnan().all()
     assert wide[:, shape[1] :].isnan().all()
+
+
+@dtypes
+@pytest.mark.parametrize(("rows", "width"), [(TOKENS, WIDTH), (33, 129)])
+def test_copy_rows(dtype, rows, width) -> None:
+    x = random(rows, width + 32, dtype=dtype)[:, :width]
+    buffer = torch.full((rows, width + 96), torch.nan, dtype=dtype, device="cuda")
+    assert torch.equal(copy_rows(buffer[:, :width], x), x)
+    assert buffer[:, width:].isnan().all()
 
 
 def test_beyond_two_to_the_31() -> None:

@@ -23,6 +23,7 @@ from tandem.kernels.nf4 import NestedAbsmax, dequantize_nf4, from_quant_state
 from tandem.kernels.reference import picks_triton, rows
 from tandem.kernels.rms_norm import RmsNorm, rms_norm, rms_norm_backward
 from tandem.kernels.rope import qk_norm_rope, qk_norm_rope_backward, rope_, rope_tables
+from tandem.kernels.row_copy import copy_rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLS = [pytest.param("triton", id="interpreted") if INTERPRETED else pytest.param("torch", id="plain")]
@@ -427,6 +428,30 @@ def test_nf4_refuses_what_does_not_fit() -> None:
             dequantize_nf4(*arguments)
     with pytest.raises(ValueError, match="fp4"):
         from_quant_state(SimpleNamespace(quant_type="fp4"))
+
+
+# ---- Copies of rows that lie apart
+
+
+@impls
+@dtypes
+@pytest.mark.parametrize(("rows_", "width"), [(7, 96), (1, 1), (3, 2049), (5, 4100), (0, 8)])
+def test_copy_rows(impl, dtype, rows_, width) -> None:
+    x = torch.randn(rows_, width + 3).to(dtype)[:, 1 : width + 1]
+    buffer = torch.full((rows_ + 1, width + 5), torch.nan, dtype=dtype)
+    view = buffer[:rows_, 2 : width + 2]
+    assert copy_rows(view, x, impl=impl) is view
+    assert torch.equal(view, x)
+    assert buffer[rows_:].isnan().all()
+    assert buffer[:, :2].isnan().all()
+    assert buffer[:, width + 2 :].isnan().all()
+
+
+def test_copy_rows_refuses_what_does_not_fit() -> None:
+    x = torch.zeros(4, 6)
+    for out, word in ((torch.zeros(4, 5), "not alike"), (x.double(), "not alike"), (torch.zeros(6, 4).t(), "rows")):
+        with pytest.raises(ValueError, match=word):
+            copy_rows(out, x)
 
 
 # ---- Rows, dispatch, and the other process
