@@ -67,6 +67,11 @@ class HeadAdapter(NamedTuple):
     scale: float
 
 
+# Log-probs, log-sum-exps, entropies, mean logits; and their gradients by the order of `TokenScores`.
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+OutputGrads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
 class TokenScores(NamedTuple):
     """What is known of every target, all `[N]`, float32 or more, differentiable in the hidden states and the adapter.
 
@@ -119,6 +124,10 @@ def linear_logprob(
     return TokenScores(*values)
 
 
+def _of(values: torch.Tensor | None, part: slice) -> torch.Tensor | None:
+    return None if values is None else values[part]
+
+
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -137,10 +146,9 @@ class _LinearLogProb(torch.autograd.Function):
             raise ValueError("the head is frozen: its weight and bias get no gradient, so they must not require one")
         rows = _Rows(hidden, weight, targets, bias, _adapter(a, b, factor), options, impl)
         log_probs = torch.empty(hidden.shape[0], dtype=rows.logits.dtype, device=hidden.device)
-        outputs = (log_probs, *(torch.empty_like(log_probs) for _ in range(3)))
+        lse, entropy, mean = (torch.empty_like(log_probs) for _ in range(3))
         for part in rows.parts():
-            rows.score(part, tuple(o[part] for o in outputs))
-        log_probs, lse, entropy, mean = outputs
+            rows.score(part, (log_probs[part], lse[part], entropy[part], mean[part]))
         ctx.save_for_backward(hidden, weight, targets, bias, a, b, lse, entropy)
         ctx.factor, ctx.options, ctx.impl = factor, options, impl
         # Outputs that nobody differentiates give None in the backward pass, which then skips their terms.
@@ -154,12 +162,13 @@ class _LinearLogProb(torch.autograd.Function):
         adapter = _adapter(a, b, ctx.factor)
         rows = _Rows(hidden, weight, targets, bias, adapter, ctx.options, ctx.impl)
         # A gradient of a sum is one number seen N times.
-        wanted = [None if g is None else g.contiguous() for g in grads]
+        log_prob, of_entropy, of_lse, mean = (None if g is None else g.contiguous() for g in grads)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_adapter = None if adapter is None else _AdapterGradient(adapter, rows.logits.dtype, weight.dtype)
         out = rows.logits if weight.dtype == rows.logits.dtype else rows.buffer(weight.dtype)
         for part in rows.parts():
-            dz = rows.grad(part, lse[part], entropy[part], [None if g is None else g[part] for g in wanted], out)
+            wanted = (_of(log_prob, part), _of(of_entropy, part), _of(of_lse, part), _of(mean, part))
+            dz = rows.grad(part, lse[part], entropy[part], wanted, out)
             low = None if d_adapter is None else d_adapter.add(dz, hidden[part])
             if d_hidden is not None:
                 _hidden_gradient(d_hidden[part], dz, weight, low, adapter)
@@ -196,7 +205,7 @@ class _Rows:
         width = -(-vocab // _ALIGNMENT) * _ALIGNMENT
         return torch.empty(rows, width, dtype=dtype, device=self._hidden.device)[:, :vocab]
 
-    def score(self, part: slice, outputs: tuple[torch.Tensor, ...]) -> None:
+    def score(self, part: slice, outputs: Outputs) -> None:
         """Write log-probs, log-sum-exps, entropies and mean logits."""
         raw, targets = self._raw(part), self._targets[part]
         if self._triton:
@@ -210,7 +219,7 @@ class _Rows:
         part: slice,
         lse: torch.Tensor,
         entropy: torch.Tensor,
-        grads: list[torch.Tensor | None],
+        grads: OutputGrads,
         out: torch.Tensor,
     ) -> torch.Tensor:
         """The gradient `[n, V]` of `h·weightᵀ`, in the first rows of `out`. `grads` by the order of `TokenScores`."""

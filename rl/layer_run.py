@@ -134,14 +134,14 @@ class LayerRun:
         del attended, d_output
         if rows >= _LATE:
             when_free()
-        block = weights.of(layer.qkv)
+        linear = weights.of(layer.qkv)
         for t in self.tiles:
             xs = self._attention_inputs(h[t], weights)
-            block.complete_gradients(both[t])
-            grads.add(layer.qkv, block, both[t], xs)
+            linear.complete_gradients(both[t])
+            grads.add(layer.qkv, linear, both[t], xs)
             if need_input:
-                rms_norm_backward(block.backward(both[t]), h[t], layer.attention_norm, into=grad[t])
-        grads.finish(layer.qkv, block)
+                rms_norm_backward(linear.backward(both[t]), h[t], layer.attention_norm, into=grad[t])
+        grads.finish(layer.qkv, linear)
 
     def _middle(self, h: torch.Tensor, output: torch.Tensor, weights: Weights, out: torch.Tensor) -> tuple:
         """The residual stream between the halves, in `out`; returns the projection's inputs, and its result where a

@@ -91,8 +91,8 @@ def plan(model: Any) -> Plan:
     )
     linears = []
     for i in range(len(model.get_decoder().layers)):
-        for stacked_as, members in groups:
-            members = tuple(dict.fromkeys(members))
+        for stacked_as, named in groups:
+            members = tuple(dict.fromkeys(named))
             # Projections that the family stacks itself keep their name.
             name = f"{members[0].rpartition('.')[0]}.{stacked_as}" if len(members) > 1 else members[0]
             prefix = f"{body}.layers.{i}."
