@@ -307,7 +307,8 @@ def config_for(folder: Path, **train: Any) -> Config:
 def opened(folders) -> Any:
     def open_model(family: str, **train: Any) -> tuple[LanguageModel, Any]:
         folder = folders(family)
-        inputs: Any = SimpleNamespace(tokenizer=tokenizer())
+        data = SimpleNamespace(prompts=None, eval_prompts=None)
+        inputs: Any = SimpleNamespace(tokenizer=tokenizer(), data=data)
         lm, engine, _ = commands._open_model(config_for(folder, **train), inputs, Console.silent())
         spread(lm)
         return lm, engine
