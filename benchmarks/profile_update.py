@@ -10,12 +10,13 @@ Copies to and from host memory run beside the kernels, so they do not count as b
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+import update
 
 HERE = Path(__file__).parent
 _LISTED = 40
@@ -27,7 +28,6 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
-    update = _update_module()
     _, settings = update.parse([arguments.model])
     loaded = update.tandem("tandem", settings)
     rows = [row for length in arguments.lengths for row in profiled(loaded, length)]
@@ -35,15 +35,6 @@ def main() -> None:
     target = update.result_path(arguments.out, result)
     update.store(target, result)
     print(target)
-
-
-def _update_module() -> Any:
-    spec = importlib.util.spec_from_file_location("update", HERE / "update.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def profiled(loaded: Any, length: int) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from tandem.kernels.linear_logprob_triton import token_scores_grad_into, token_scores_into
-from tandem.kernels.reference import Impl, picks_triton, tempered, token_scores, token_scores_grad
+from tandem.kernels.reference import Impl, picks_triton, tempered, token_scores, token_scores_grad, wide_product
 from tandem.kernels.sampling import restrict
 
 # Rows of the logits buffer start at multiples of this many elements: odd vocabularies slow matrix products down.
@@ -256,9 +256,9 @@ class _AdapterGradient:
     def add(self, dz: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Count a chunk; returns the gradient `[n, r]` of its h·aᵀ."""
         hidden = hidden.to(self._a.dtype)
-        d_low = _product(dz, self._b).mul_(self._scale)
+        d_low = wide_product(dz, self._b).mul_(self._scale)
         self._d_a.addmm_(d_low.t(), hidden)
-        self._d_b.add_(_product(dz.t(), (hidden @ self._a.t()).to(dz.dtype)), alpha=self._scale)
+        self._d_b.add_(wide_product(dz.t(), (hidden @ self._a.t()).to(dz.dtype)), alpha=self._scale)
         return d_low
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -277,7 +277,7 @@ def _raw_logits(
     bfloat16 logits near 20 carry 0.06 of rounding error, so the product is accumulated and kept in float32. LoRA's
     share is a thin product, so it is computed in float32 altogether.
     """
-    raw = _product(hidden.to(weight.dtype), weight.t(), out)
+    raw = wide_product(hidden.to(weight.dtype), weight.t(), out)
     if adapter is None:
         return raw
     a, b = adapter.a.to(raw.dtype), adapter.b.to(raw.dtype)
@@ -294,16 +294,7 @@ def _hidden_gradient(
     if adapter is None and out.dtype == dz.dtype:
         torch.mm(dz, weight, out=out)
         return
-    total = _product(dz, weight)
+    total = wide_product(dz, weight)
     if adapter is not None and low is not None:
         total.addmm_(low, adapter.a.to(total.dtype))
     out.copy_(total)
-
-
-def _product(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The matrix product in float32 at least, of two matrices of one type."""
-    if x.dtype in (torch.bfloat16, torch.float16):
-        if x.is_cuda:
-            return torch.mm(x, y, out_dtype=torch.float32, out=out)
-        x, y = x.float(), y.float()
-    return torch.mm(x, y, out=out)

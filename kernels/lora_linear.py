@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tandem.kernels.reference import wide_product
 from tandem.kernels.row_copy import copy_rows
 
 # Tensor cores want rows of 16 bytes; the rest of the rank is zero.
@@ -121,8 +122,8 @@ class LoraLinear:
 
         They may be added up over batches of rows; the sum over all rows of a pack does not fit bfloat16.
         """
-        d_a = _wide_product(dys[:, self.out_features :].t(), xs[:, : self.in_features])
-        d_b = _wide_product(dys[:, : self.out_features].t(), xs[:, self.in_features :])
+        d_a = wide_product(dys[:, self.out_features :].t(), xs[:, : self.in_features])
+        d_b = wide_product(dys[:, : self.out_features].t(), xs[:, self.in_features :])
         return d_a, d_b
 
     def adapter_gradients(self, sums: tuple[torch.Tensor, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -134,11 +135,3 @@ class LoraLinear:
             found.append((d_a, sums[1][one.start : one.start + one.b.shape[0], column:stop] * one.scale))
             column = stop
         return found
-
-
-def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()

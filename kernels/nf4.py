@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,10 @@ class NestedAbsmax:
     blocksize2: int = 256
 
 
+# absmax, absmax2, code2, offsets of a stacked weight
+StackedScales = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
 @dataclass(frozen=True)
 class Nf4State:
     """All that a packed NF4 weight needs beside its bytes: scales, shape, weights per scale, type to return."""
@@ -78,6 +82,46 @@ def from_quant_state(state: Any) -> Nf4State:
         offset = torch.as_tensor(state.offset, dtype=torch.float32, device=state.absmax.device)
         absmax = NestedAbsmax(state.absmax, inner.absmax, inner.code, offset, inner.blocksize)
     return Nf4State(absmax, tuple(state.shape), state.blocksize, state.dtype)
+
+
+def stacked_scales(
+    scales: StackedScales, part_rows: Sequence[int], width: int, blocksize: int = 64, blocksize2: int = 256
+) -> Iterator[tuple[slice, torch.Tensor | NestedAbsmax]]:
+    """Rows and scales of each part of a stacked weight `[sum(part_rows), width]`, whose parts were quantised apart.
+
+    Args:
+        scales: absmax `[blocks]` of all parts, and with double quantisation absmax2 (those of each part behind the
+            last), code2 and offsets `[parts]`, else None three times.
+    """
+    absmax, absmax2, code2, offsets = scales
+    row = block = outer = 0
+    for index, count in enumerate(part_rows):
+        blocks = count * width // blocksize
+        inner = absmax.view(-1)[block : block + blocks]
+        end = outer + math.ceil(blocks / blocksize2)
+        if absmax2 is None or code2 is None or offsets is None:
+            yield slice(row, row + count), inner
+        else:
+            yield slice(row, row + count), NestedAbsmax(inner, absmax2[outer:end], code2, offsets[index], blocksize2)
+        row, block, outer = row + count, block + blocks, end
+
+
+def write_nf4_stack(
+    out: torch.Tensor,
+    packed: torch.Tensor,
+    scales: StackedScales,
+    part_rows: Sequence[int],
+    blocksize: int = 64,
+    blocksize2: int = 256,
+    *,
+    impl: Impl | None = None,
+) -> torch.Tensor:
+    """Dequantise a whole stacked weight into `out` `[sum(part_rows), width]`. See `stacked_scales`."""
+    width, flat = out.shape[1], packed.view(-1)
+    for rows, own in stacked_scales(scales, part_rows, width, blocksize, blocksize2):
+        piece = flat[rows.start * width // 2 : rows.stop * width // 2]
+        dequantize_nf4(piece, own, (rows.stop - rows.start, width), blocksize, out[rows], impl=impl)
+    return out
 
 
 def dequantize_nf4(
@@ -176,7 +220,8 @@ def _has_rows(matrix: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _levels(device: torch.device) -> torch.Tensor:
+def levels_on(device: torch.device) -> torch.Tensor:
+    """The sixteen levels, `[16]` float32."""
     return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
 
 
@@ -191,7 +236,7 @@ def _dequantize_triton(
 ) -> None:
     """Writes all of `out`: rows of `width`, `row_stride` apart."""
     blocks = max(_TILE // (blocksize // 2), 1)
-    levels = _levels(packed.device)
+    levels = levels_on(packed.device)
     if isinstance(absmax, NestedAbsmax):
         scales, outer, code, offset, size = (
             absmax.absmax, absmax.absmax2, absmax.code2, absmax.offset, absmax.blocksize2

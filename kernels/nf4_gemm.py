@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from tandem.kernels.nf4 import NestedAbsmax, dequantize_nf4
-from tandem.kernels.reference import NF4_LEVELS, Impl, picks_triton
+from tandem.kernels.nf4 import StackedScales, levels_on, write_nf4_stack
+from tandem.kernels.reference import Impl, picks_triton
 
 try:
     import triton
@@ -30,9 +30,6 @@ MAX_PARTS = 3
 _BLOCK = 64
 # Programs that a launch should have, per multiprocessor, before the inputs are no longer split among several.
 _PROGRAMS = 2
-
-# absmax, absmax2, code2, offsets
-_Scales = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -120,9 +117,7 @@ def nf4_linear(
         _multiply_triton(x, packed, scales, part_rows, blocksize2, bias, out, config or default_config(x.shape[0]))
         return out
     weight = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    for part, part_scales in _parts(scales, part_rows, width, blocksize2):
-        piece = packed[part.start * width // 2 : part.stop * width // 2]
-        dequantize_nf4(piece, part_scales, (part.stop - part.start, width), blocksize, out=weight[part], impl=impl)
+    write_nf4_stack(weight, packed, scales, part_rows, blocksize, blocksize2, impl=impl)
     product = x.float() @ weight.float().t()
     return out.copy_(product if bias is None else product + bias.float())
 
@@ -171,27 +166,6 @@ def _check(
         raise ValueError(f"bias {tuple(bias.shape)}: [{rows}] is needed")
 
 
-def _parts(
-    scales: _Scales, part_rows: tuple[int, ...], width: int, blocksize2: int
-) -> Iterator[tuple[slice, torch.Tensor | NestedAbsmax]]:
-    """Rows and scales of every part."""
-    absmax, absmax2, code2, offsets = scales
-    blocks, row, outer = width // _BLOCK, 0, 0
-    for index, count in enumerate(part_rows):
-        inner = absmax.view(-1)[row * blocks : (row + count) * blocks]
-        end = outer + math.ceil(count * blocks / blocksize2)
-        if absmax2 is None or code2 is None or offsets is None:
-            yield slice(row, row + count), inner
-        else:
-            yield slice(row, row + count), NestedAbsmax(inner, absmax2[outer:end], code2, offsets[index], blocksize2)
-        row, outer = row + count, end
-
-
-@functools.cache
-def _levels(device: torch.device) -> torch.Tensor:
-    return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
-
-
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
@@ -212,7 +186,7 @@ def _split(blocks: int, count: int, tiles: int, config: Config, device: torch.de
 def _multiply_triton(
     x: torch.Tensor,
     packed: torch.Tensor,
-    scales: _Scales,
+    scales: StackedScales,
     part_rows: tuple[int, ...],
     blocksize2: int,
     bias: torch.Tensor | None,
@@ -233,7 +207,7 @@ def _multiply_triton(
     per_program, splits = _split(blocks, count, tiles_n * tiles_m, config, x.device)
     # Sums of one program each, added in a fixed order by a second kernel. In a captured graph this is graph memory.
     sums = out if splits == 1 else torch.empty(splits, count, rows, dtype=torch.float32, device=x.device)
-    levels = _levels(x.device)
+    levels = levels_on(x.device)
     shuffle = config.lookup == "shuffle" and x.is_cuda and torch.version.cuda is not None
     nested = (tensor if tensor is not None else levels for tensor in (absmax2, code2, offsets))
     _gemm_kernel[(tiles_n, splits, tiles_m)](

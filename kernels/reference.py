@@ -93,6 +93,15 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def wide_product(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The matrix product in float32 at least, of two matrices of one type."""
+    if x.dtype in (torch.bfloat16, torch.float16):
+        if x.is_cuda:
+            return torch.mm(x, y, out_dtype=torch.float32, out=out)
+        x, y = x.float(), y.float()
+    return torch.mm(x, y, out=out)
+
+
 def normed(h: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
     """RMSNorm over the last dimension. offset 0: x̂ is cast, then scaled (Llama). Else scaled, then cast (Gemma)."""
     value = wide(h)

@@ -19,10 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tandem.rl.errors import UserError
 from tandem.rl.model import LanguageModel, LayoutInUse, current_layout
-from tandem.rl.offload import HostStore, Stored
-
-# What a pack may leave on the device between its passes before it goes to host memory.
-STAYS_ON_DEVICE = 512 << 20
+from tandem.rl.offload import HostStore, Stored, goes_to_host
 
 
 class CheckpointedLayers:
@@ -86,11 +83,9 @@ class CheckpointedLayers:
             yield
 
     def _offloads(self, rows: int) -> bool:
-        if self._offload is not None:
-            return self._offload
         config = self._lm.causal_lm.config.get_text_config()
         left = config.num_hidden_layers * rows * config.hidden_size * self._lm.dtype.itemsize
-        return self._lm.device.type == "cuda" and left > STAYS_ON_DEVICE
+        return goes_to_host(self._offload, left, self._lm.device)
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         self._layer_starts = True

@@ -15,7 +15,8 @@ import torch
 
 from tandem.kernels.nf4 import DTYPES as NF4_DTYPES
 from tandem.kernels.nf4 import from_quant_state
-from tandem.rl.errors import UserError, short
+from tandem.rl.adapters import Adapter, active_adapter
+from tandem.rl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ class LayerSpec:
     rope_by_type: bool = False
     never: tuple[str, ...] = ("attention_dropout",)
 
+    @property
+    def stacks(self) -> tuple[tuple[str, ...], ...]:
+        """Projections by their input: queries, keys and values, output, gate and up, down; each name once."""
+        groups = ((self.query, self.key, self.value), (self.output,), (self.gate, self.up), (self.down,))
+        return tuple(tuple(dict.fromkeys(names)) for names in groups)
+
 
 _HEAD_NORMS: dict[str, Any] = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
 _SANDWICH: dict[str, Any] = {
@@ -89,14 +96,6 @@ FAMILIES: dict[str, LayerSpec] = {
     ),
 }
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
-
-
-class Adapter(NamedTuple):
-    """LoRA's parameters: `a [r, in]`, `b [out, r]`, and the factor of `x·aᵀ·bᵀ`."""
-
-    a: torch.nn.Parameter
-    b: torch.nn.Parameter
-    scale: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,11 +268,13 @@ def _read(family: LayerSpec, module: Any, index: int, config: Any) -> Layer:
         "config": getattr(config, "sliding_window", None),
         "module": getattr(attention, "sliding_window", None),
     }[family.window]
+    rows = (q + 2 * k, config.hidden_size, 2 * config.intermediate_size, config.hidden_size)
+    qkv, output, gate_up, down = (_block(module, *one) for one in zip(family.stacks, rows, strict=True))
     return Layer(
-        qkv=_block(module, (family.query, family.key, family.value), q + 2 * k),
-        output=_block(module, (family.output,), config.hidden_size),
-        gate_up=_block(module, (family.gate, family.up), 2 * config.intermediate_size),
-        down=_block(module, (family.down,), config.hidden_size),
+        qkv=qkv,
+        output=output,
+        gate_up=gate_up,
+        down=down,
         attention_norm=_norm(family, module, family.attention_norm),
         attention_post_norm=_optional_norm(family, module, family.attention_post_norm),
         mlp_norm=_norm(family, module, family.mlp_norm),
@@ -292,8 +293,8 @@ def _read(family: LayerSpec, module: Any, index: int, config: Any) -> Layer:
 
 
 def _block(module: Any, names: tuple[str, ...], rows: int) -> Block:
-    """The projections of these names, each once: a name that stands twice is a stacked weight."""
-    block = Block(tuple(_projection(module, name) for name in dict.fromkeys(names)))
+    """The projections of these names, which give `rows` outputs together."""
+    block = Block(tuple(_projection(module, name) for name in names))
     if block.size[0] != rows:
         raise _not_fused(" and ".join(names), f"has {block.size[0]} outputs, not {rows}", "the family's usual shape")
     return block
@@ -316,27 +317,12 @@ def _projection(layer: Any, name: str) -> Projection:
     if not (isinstance(base, torch.nn.Linear) and (hasattr(base, "write_weight") or _readable(base.weight))):
         what = "" if base.weight is None else f" with a {base.weight.dtype} weight"
         raise _not_fused(name, f"is a {type(base).__name__}{what}", "4-bit or unquantised weights")
-    return Projection(name, base, _adapter(module, name) if wrapped else None)
+    adapter = active_adapter(module, lambda what, fix: _not_fused(name, what, fix)) if wrapped else None
+    return Projection(name, base, adapter)
 
 
 def _readable(weight: torch.Tensor) -> bool:
     return weight.is_floating_point() or getattr(weight, "quant_state", None) is not None
-
-
-def _adapter(module: Any, name: str) -> Adapter | None:
-    if module.merged:
-        raise _not_fused(name, "has its adapter merged into the base weight", "an unmerged adapter")
-    active = [key for key in module.active_adapters if key in module.lora_A]
-    if module.disable_adapters or not active:
-        return None
-    if len(active) > 1:
-        raise _not_fused(name, f"has several active adapters, {short(active)}", "one adapter")
-    key = active[0]
-    if (rate := getattr(module.lora_dropout[key], "p", 0.0)) != 0:
-        raise _not_fused(name, f"has lora_dropout {rate}", "lora.lora_dropout=0")
-    if key in getattr(module, "lora_variant", {}) or module.lora_B[key].bias is not None:
-        raise _not_fused(name, "has a variant of LoRA or a bias in its adapter", "plain LoRA")
-    return Adapter(module.lora_A[key].weight, module.lora_B[key].weight, float(module.scaling[key]))
 
 
 def _not_fused(name: str, what: str, fix: str) -> UserError:

@@ -18,12 +18,10 @@ from tandem.rl.families import Layer, ModelSpec, Norm, describe
 from tandem.rl.layer_ops import LoraGrads, rms_norm_backward, tiles
 from tandem.rl.layer_run import LayerRun, normed
 from tandem.rl.model import LanguageModel
-from tandem.rl.offload import HostStore, Store, fits
+from tandem.rl.offload import HostStore, Store, fits, goes_to_host
 
 # Attention in parts costs little time where each part is long: from these lengths on in two, in four, one by one.
 _GROUPS = ((12_288, 2), (24_576, 4), (49_152, 1 << 30))
-# What a pack may leave on the device between its passes before it goes to host memory.
-_STAYS_ON_DEVICE = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -131,9 +129,7 @@ class FusedLayers:
         rows, width = h.shape
         attended = layer.query_heads * (layer.head_dim * h.element_size() + 4)
         everything = num_layers * rows * (width * h.element_size() + attended)
-        on_host = self._offload
-        if on_host is None:
-            on_host = h.is_cuda and everything > _STAYS_ON_DEVICE
+        on_host = goes_to_host(self._offload, everything, h.device)
         if on_host and self.host is None:
             self.host = HostStore(h.device)
         store = self.host if on_host and self.host is not None else self.near

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tandem.kernels import glu as kernels_glu
 from tandem.kernels import rms_norm as kernels_norm
 from tandem.kernels.lora_linear import Branch, LoraLinear
+from tandem.kernels.reference import wide
 from tandem.kernels.rope import qk_norm_rope, qk_norm_rope_backward, rope_
 from tandem.rl.families import Block, Norm
 
@@ -118,14 +119,14 @@ def rotated_backward(dy: torch.Tensor, x: torch.Tensor, norm: Norm | None, rope:
 def glu(gate: torch.Tensor, up: torch.Tensor, activation: str, out: torch.Tensor) -> torch.Tensor:
     """`act(gate)·up` in `out`."""
     if activation == "gelu":  # the exact one, which no family of weight uses: no kernel of its own
-        return out.copy_(F.gelu(_wide(gate)) * up)
+        return out.copy_(F.gelu(wide(gate)) * up)
     return kernels_glu.glu(gate, up, _KINDS[activation], out=out)
 
 
 def glu_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
     """Gradients of gate and up, written over the two, and `act(gate)·up`, written over `dy`."""
     if activation == "gelu":
-        x = _wide(gate)
+        x = wide(gate)
         slope = 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
         product, d_gate = F.gelu(x) * up, dy * slope * up
         up.copy_(dy * F.gelu(x))
@@ -137,7 +138,3 @@ def glu_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activat
 
 def tiles(rows: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

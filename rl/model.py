@@ -18,9 +18,11 @@ import torch
 
 from tandem.kernels.linear_logprob import HeadAdapter, HeadOptions, head_logits
 from tandem.kernels.packed_attention import Family, PackLayout, packed_attention
+from tandem.rl.adapters import active_adapter
+from tandem.rl.attention_choice import with_attention
 from tandem.rl.config import ModelConfig
 from tandem.rl.distributed import local_rank
-from tandem.rl.errors import UserError, short
+from tandem.rl.errors import UserError
 from tandem.rl.store import WeightStore
 from tandem.rl.weights import resolve_model
 
@@ -84,7 +86,10 @@ class LanguageModel:
             UserError: the head's adapter is not plain LoRA, or has dropout.
         """
         head = self.causal_lm.get_output_embeddings()
-        return _lora_of(head) if hasattr(head, "lora_A") else None
+        if not hasattr(head, "lora_A"):
+            return None
+        adapter = active_adapter(head, _not_plain)
+        return None if adapter is None else HeadAdapter(*adapter)
 
     @property
     def _base_head(self) -> Any:
@@ -190,14 +195,23 @@ def _store_format(config: ModelConfig, source: str) -> str:
 
 
 def _loaded(config: ModelConfig, source: str, device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
     options: dict[str, Any] = {}
     if config.load_in_4bit:
         options["quantization_config"] = _nf4(dtype)
     if config.load_in_4bit or device.type == "cuda":
         options["device_map"] = {"": str(device)}
     try:
-        return _from_pretrained(
-            source, revision=config.revision, dtype=dtype, trust_remote_code=config.trust_remote_code, **options
+        return with_attention(
+            lambda attention: AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=config.revision,
+                dtype=dtype,
+                trust_remote_code=config.trust_remote_code,
+                attn_implementation=attention,
+                **options,
+            )
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
@@ -205,25 +219,6 @@ def _loaded(config: ModelConfig, source: str, device: torch.device, dtype: torch
             fix="give a hub id, a local folder in Hugging Face's format or pkg://PACKAGE/FILE.gguf; "
             "without access to a hub, download the model first and give its folder",
         ) from error
-
-
-def _from_pretrained(source: str, **options: Any) -> Any:
-    """The model with SDPA, or with its own attention where SDPA cannot do what that does (soft-caps, sinks).
-
-    transformers left to choose would do the same, but for configs that name a package that may not be there.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="sdpa", **options)
-    except ValueError as error:
-        if "scaled_dot_product_attention" not in str(error):
-            raise
-        return AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", **options)
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-        # Some versions of transformers let Gemma 2 have SDPA, which leaves the soft-cap out.
-        model.set_attn_implementation("eager")
-    return model
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -324,26 +319,6 @@ def _head_options(model: Any) -> HeadOptions:
     return HeadOptions(
         scale=1.0 if scale is None else float(scale), softcap=getattr(config, "final_logit_softcapping", None)
     )
-
-
-def _lora_of(head: Any) -> HeadAdapter | None:
-    """The active adapter of a head that peft has wrapped.
-
-    Dropout is refused: it would act on the adapter's input, which is computed once for logits and gradient.
-    """
-    if head.merged:
-        raise _not_plain("has its adapter merged into the base weight", "an unmerged adapter")
-    active = [name for name in head.active_adapters if name in head.lora_A]
-    if head.disable_adapters or not active:
-        return None
-    if len(active) > 1:
-        raise _not_plain(f"has several active adapters, {short(active)}", "one adapter")
-    name = active[0]
-    if (rate := getattr(head.lora_dropout[name], "p", 0.0)) != 0:
-        raise _not_plain(f"has an adapter with lora_dropout {rate}", "lora.lora_dropout=0")
-    if name in getattr(head, "lora_variant", {}) or head.lora_B[name].bias is not None:
-        raise _not_plain("has a variant of LoRA or a bias in its adapter", "plain LoRA")
-    return HeadAdapter(head.lora_A[name].weight, head.lora_B[name].weight, float(head.scaling[name]))
 
 
 def _not_plain(what: str, fix: str) -> UserError:

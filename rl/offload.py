@@ -14,8 +14,15 @@ import torch
 
 # A power of two, because torch's pinned allocator rounds up to one; small, because a tensor's last block is part empty.
 BLOCK_BYTES = 16 << 20
+# What a pack may leave on the device between its passes before it goes to host memory.
+STAYS_ON_DEVICE = 512 << 20
 # The share of free memory that what a pack leaves between its passes may take.
 _HOST_SHARE, _DEVICE_SHARE = 0.6, 0.25
+
+
+def goes_to_host(wanted: bool | None, size: int, device: torch.device) -> bool:
+    """Whether `size` bytes wait in host memory between a pack's passes: as wanted; None: on a GPU, if they are many."""
+    return device.type == "cuda" and size > STAYS_ON_DEVICE if wanted is None else wanted
 
 
 def fits(wanted: int, device: torch.device | None, *, already: int = 0) -> bool:

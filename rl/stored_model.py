@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from tandem.rl.attention_choice import with_attention
 from tandem.rl.errors import UserError, cause, short
 from tandem.rl.families import FAMILIES
 from tandem.rl.weight_formats import DENSE, NF4
@@ -65,17 +66,15 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
             reason="which of its projections share an input is not known here",
             fix=f"shared weights work for {', '.join(FAMILIES)}; use model.load_in_4bit or a plain load for others",
         )
-    # As `rl.model` chooses: SDPA, or the model's own attention where SDPA cannot do what that does.
-    for attention in ("sdpa", "eager"):
-        try:
-            with init_empty_weights(include_buffers=False):
-                return AutoModelForCausalLM.from_config(
+    try:
+        with init_empty_weights(include_buffers=False):
+            return with_attention(
+                lambda attention: AutoModelForCausalLM.from_config(
                     copy.deepcopy(config), dtype=dtype, attn_implementation=attention
                 )
-        except ValueError as error:
-            if attention == "eager" or "scaled_dot_product_attention" not in str(error):
-                raise UserError(f"transformers cannot build this model: {cause(error)}") from error
-    raise AssertionError("unreachable")
+            )
+    except ValueError as error:
+        raise UserError(f"transformers cannot build this model: {cause(error)}") from error
 
 
 def plan(model: Any) -> Plan:
@@ -83,16 +82,10 @@ def plan(model: Any) -> Plan:
     family = FAMILIES[model.config.model_type]
     names = {id(module): name for name, module in model.named_modules()}
     body = names[id(model.get_decoder())]
-    groups = (
-        ("qkv_proj", (family.query, family.key, family.value)),
-        (None, (family.output,)),
-        ("gate_up_proj", (family.gate, family.up)),
-        (None, (family.down,)),
-    )
+    stacked_names = ("qkv_proj", None, "gate_up_proj", None)
     linears = []
     for i in range(len(model.get_decoder().layers)):
-        for stacked_as, named in groups:
-            members = tuple(dict.fromkeys(named))
+        for stacked_as, members in zip(stacked_names, family.stacks, strict=True):
             # Projections that the family stacks itself keep their name.
             name = f"{members[0].rpartition('.')[0]}.{stacked_as}" if len(members) > 1 else members[0]
             prefix = f"{body}.layers.{i}."

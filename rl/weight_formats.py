@@ -17,7 +17,7 @@ import torch
 from tandem.kernels.int4_marlin import DTYPES as INT4_DTYPES
 from tandem.kernels.int4_marlin import dequantize_int4, quantize_marlin, stored_rows
 from tandem.kernels.nf4 import DTYPES as NF4_DTYPES
-from tandem.kernels.nf4 import NestedAbsmax, dequantize_nf4
+from tandem.kernels.nf4 import NestedAbsmax, dequantize_nf4, stacked_scales
 from tandem.kernels.reference import nested_absmax
 from tandem.rl.errors import UserError, short
 
@@ -213,17 +213,15 @@ class Nf4Format:
         self, tensors: Tensors, parts: Sequence[slice], index: int, columns: int, rows: slice
     ) -> NestedAbsmax | torch.Tensor:
         """Of these rows of a part: views where they are all of it."""
-        part = parts[index]
-        of_part = tensors["absmax"][part.start * columns // self.blocksize : part.stop * columns // self.blocksize]
-        here = slice(*((row - part.start) * columns // self.blocksize for row in (rows.start, rows.stop)))
-        if "absmax2" not in tensors:
-            return of_part[here]
-        before = [_ceil((one.stop - one.start) * columns // self.blocksize, self.blocksize2) for one in parts[:index]]
-        outer = tensors["absmax2"][sum(before) :][: _ceil(len(of_part), self.blocksize2)]
-        nested = NestedAbsmax(of_part, outer, tensors["code2"], tensors["offsets"][index], self.blocksize2)
-        if here == slice(0, len(of_part)):
-            return nested
-        return nested_absmax(nested.absmax, nested.absmax2, nested.code2, nested.offset, nested.blocksize2)[here]
+        stored = (tensors["absmax"], *(tensors.get(name) for name in ("absmax2", "code2", "offsets")))
+        counts = [one.stop - one.start for one in parts]
+        scales = [own for _, own in stacked_scales(stored, counts, columns, self.blocksize, self.blocksize2)][index]
+        here = slice(*((row - parts[index].start) * columns // self.blocksize for row in (rows.start, rows.stop)))
+        if not isinstance(scales, NestedAbsmax):
+            return scales[here]
+        if here == slice(0, len(scales.absmax)):
+            return scales
+        return nested_absmax(scales.absmax, scales.absmax2, scales.code2, scales.offset, scales.blocksize2)[here]
 
     def _allocate(self, counts: Sequence[int], device: torch.device, *, nested: bool) -> dict[str, torch.Tensor]:
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -6,6 +6,7 @@ float32 safetensors with its tokenizer beside it, cached by the file's content, 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -72,7 +73,8 @@ def _package_file(url: str) -> Path:
 
 def _converted(file: Path) -> Path:
     """The Hugging Face folder made from a GGUF file; made once, beside and renamed, so that it is whole or absent."""
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    facts = file.stat()
+    digest = _digest(file, facts.st_size, facts.st_mtime_ns)
     target = cache_dir() / "gguf" / f"{file.stem}-{digest}"
     if (target / "config.json").is_file():
         return target
@@ -91,6 +93,12 @@ def _converted(file: Path) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+@functools.cache
+def _digest(file: Path, size: int, mtime_ns: int) -> str:
+    """Of the content. A model is resolved several times at start-up, and reading a file of this size takes its time."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _convert(file: Path, into: Path) -> None:

@@ -10,6 +10,8 @@ import torch
 
 from tandem.rl.errors import UserError
 
+# vLLM's number for the one adapter that it serves.
+POLICY_ID = 1
 # Adapters that are scaled at a time: their product exists in float32 beside them.
 _CHUNK = 32
 

@@ -1,32 +1,25 @@
 """A linear layer on the store's bytes as one opaque operator, for torch.compile and CUDA graphs.
 
-`tandem::stored_linear` reads 4-bit weights where they lie. Up to `few_rows()` inputs a fused kernel multiplies straight
-from the packed bytes; beyond that the weight is dequantised into a scratch buffer that all layers share, and one
-matrix product follows. Which way is taken depends on the number of rows alone, nothing waits for the device, and every
-address is fixed, so a captured graph stays valid. `tandem::stored_int4_linear` is vLLM's Marlin product.
+`tandem::stored_linear` reads 4-bit weights where they lie. Up to `BEST_UP_TO_ROWS` inputs a fused kernel multiplies
+straight from the packed bytes; beyond that the weight is dequantised into a scratch buffer that all layers share, and
+one matrix product follows. Which way is taken depends on the number of rows alone, nothing waits for the device, and
+every address is fixed, so a captured graph stays valid. `tandem::stored_int4_linear` is vLLM's Marlin product.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
 from tandem.kernels.int4_marlin import MarlinScratch, int4_linear
-from tandem.kernels.nf4 import NestedAbsmax, dequantize_nf4
+from tandem.kernels.nf4 import write_nf4_stack
 from tandem.kernels.nf4_gemm import BEST_UP_TO_ROWS, nf4_linear
 
 BLOCK, OUTER_BLOCK = 64, 256
 _library = torch.library.Library("tandem", "FRAGMENT")
 _scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
-
-
-def few_rows() -> int:
-    """Up to this many inputs the fused kernel is the faster way."""
-    return BEST_UP_TO_ROWS
 
 
 def reserve_scratch(elements: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -61,11 +54,11 @@ def stored_linear(
         part_rows: outputs of each part, in order; each part was quantised on its own.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if rows.is_cuda and 0 < rows.shape[0] <= few_rows() and _is_fused(rows):
+    if rows.is_cuda and 0 < rows.shape[0] <= BEST_UP_TO_ROWS and _is_fused(rows):
         out = nf4_linear(rows, packed, absmax, absmax2, code2, offsets, tuple(part_rows), BLOCK, OUTER_BLOCK, bias=bias)
     else:
         weight = _scratch_matrix(sum(part_rows), x.shape[-1], x)
-        write_nf4(weight, (packed, absmax, absmax2, code2, offsets), part_rows)
+        write_nf4_stack(weight, packed, (absmax, absmax2, code2, offsets), part_rows, BLOCK, OUTER_BLOCK)
         out = F.linear(rows, weight, bias)
     return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -73,31 +66,6 @@ def stored_linear(
 def _is_fused(rows: torch.Tensor) -> bool:
     """The fused kernel knows one type, and rows of whole blocks."""
     return rows.dtype == torch.bfloat16 and rows.shape[1] % BLOCK == 0
-
-
-def write_nf4(out: torch.Tensor, tensors: Sequence[torch.Tensor | None], part_rows: Sequence[int]) -> None:
-    """Dequantise a whole stacked weight into `out` `[out, in]`, part by part."""
-    packed, absmax, absmax2, code2, offsets = tensors
-    assert packed is not None
-    assert absmax is not None
-    width = out.shape[1]
-    flat = packed.view(-1)
-    outer = 0
-    starts = accumulate(part_rows[:-1], initial=0)
-    for part, (start, count) in enumerate(zip(starts, part_rows, strict=True)):
-        first, end = start * width, (start + count) * width
-        scales: torch.Tensor | NestedAbsmax = absmax[first // BLOCK : end // BLOCK]
-        if absmax2 is not None and code2 is not None and offsets is not None:
-            outer_end = outer + math.ceil((end - first) / BLOCK / OUTER_BLOCK)
-            scales = NestedAbsmax(
-                absmax[first // BLOCK : end // BLOCK],
-                absmax2[outer:outer_end],
-                code2,
-                offsets[part : part + 1],
-                OUTER_BLOCK,
-            )
-            outer = outer_end
-        dequantize_nf4(flat[first // 2 : end // 2], scales, (count, width), BLOCK, out[start : start + count])
 
 
 def stored_int4_linear(

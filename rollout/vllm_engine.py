@@ -26,7 +26,7 @@ from tandem.rl.errors import UserError
 from tandem.rl.model import LanguageModel
 from tandem.rl.samples import Completion, Group, Prompt, Sampling
 from tandem.rollout.engine import Progress
-from tandem.rollout.policy_adapter import InPlacePush, PolicyNames, buffer_rank, policy_parts
+from tandem.rollout.policy_adapter import POLICY_ID, InPlacePush, PolicyNames, buffer_rank, policy_parts
 from tandem.rollout.process_state import frozen_heap, on_stream, preserved
 from tandem.rollout.vllm_plan import VllmOptions, config_folder, kv_cache_bytes
 from tandem.rollout.vllm_versions import LORA_RANKS
@@ -38,7 +38,6 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-POLICY_ID = 1
 
 
 class VllmEngine:

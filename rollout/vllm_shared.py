@@ -21,13 +21,12 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.v1.worker.gpu_worker import Worker
 
 from tandem.kernels.int4_marlin import MarlinScratch
-from tandem.rollout.policy_adapter import Stacks
+from tandem.rollout.policy_adapter import POLICY_ID, Stacks
 from tandem.rollout.stored_linear import reserve_scratch
 from tandem.rollout.weight_binding import WeightBinding
 
 QUANTIZATION = LOAD_FORMAT = "tandem_shared"
 WORKER = "tandem.rollout.vllm_shared.StoreWorker"
-POLICY_ID = 1
 
 # The store of the engine that is being built: vLLM makes its layers deep inside its constructor.
 _binding: WeightBinding | None = None
@@ -73,62 +72,8 @@ def _register(layer: torch.nn.Module, tensors: dict[str, torch.Tensor], main: st
             layer.register_buffer(name, tensor, persistent=False)
 
 
-class Nf4LinearMethod(LinearMethodBase):
-    """NF4 with whatever scales the store has, through `tandem::stored_linear`."""
-
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
-
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        stacked = _stacked(self._prefix, output_partition_sizes, input_size_per_partition)
-        _register(layer, stacked.tensors, "packed")
-        # Rows of the parts as they were quantised: vLLM's own are the same or finer.
-        layer.part_rows = [rows.stop - rows.start for rows in stacked.parts.values()]
-        layer.nested = "absmax2" in stacked.tensors
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        outer = (layer.absmax2, layer.code2, layer.offsets) if layer.nested else (None, None, None)
-        return torch.ops.tandem.stored_linear(x, layer.weight, layer.absmax, *outer, layer.part_rows, bias)
-
-
-class Int4LinearMethod(LinearMethodBase):
-    """int4 in Marlin's layout, through vLLM's own Marlin product."""
-
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
-
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        stacked = _stacked(self._prefix, output_partition_sizes, input_size_per_partition)
-        scratch = _current().shared("marlin", lambda: MarlinScratch.on(stacked.tensors["packed"].device))
-        _register(layer, {**stacked.tensors, "workspace": scratch.workspace, "empty": scratch.empty}, "packed")
-        layer.out_rows = stacked.out_features
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.ops.tandem.stored_int4_linear(
-            x, layer.weight, layer.scales, layer.workspace, layer.empty, layer.out_rows, bias
-        )
-
-
-class DenseLinearMethod(UnquantizedLinearMethod):
-    """vLLM's own product on the store's matrix."""
+class _StoredLinearMethod:
+    """What vLLM asks a linear layer's method to make: here the store's tensors, for the layer of this name."""
 
     def __init__(self, prefix: str) -> None:
         super().__init__()
@@ -144,7 +89,45 @@ class DenseLinearMethod(UnquantizedLinearMethod):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        _register(layer, _stacked(self._prefix, output_partition_sizes, input_size_per_partition).tensors, "weight")
+        self._bind(layer, _stacked(self._prefix, output_partition_sizes, input_size_per_partition))
+
+    def _bind(self, layer: Any, stacked: Any) -> None:
+        raise NotImplementedError
+
+
+class Nf4LinearMethod(_StoredLinearMethod, LinearMethodBase):
+    """NF4 with whatever scales the store has, through `tandem::stored_linear`."""
+
+    def _bind(self, layer: Any, stacked: Any) -> None:
+        _register(layer, stacked.tensors, "packed")
+        # Rows of the parts as they were quantised: vLLM's own are the same or finer.
+        layer.part_rows = [rows.stop - rows.start for rows in stacked.parts.values()]
+        layer.nested = "absmax2" in stacked.tensors
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        outer = (layer.absmax2, layer.code2, layer.offsets) if layer.nested else (None, None, None)
+        return torch.ops.tandem.stored_linear(x, layer.weight, layer.absmax, *outer, layer.part_rows, bias)
+
+
+class Int4LinearMethod(_StoredLinearMethod, LinearMethodBase):
+    """int4 in Marlin's layout, through vLLM's own Marlin product."""
+
+    def _bind(self, layer: Any, stacked: Any) -> None:
+        scratch = _current().shared("marlin", lambda: MarlinScratch.on(stacked.tensors["packed"].device))
+        _register(layer, {**stacked.tensors, "workspace": scratch.workspace, "empty": scratch.empty}, "packed")
+        layer.out_rows = stacked.out_features
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.ops.tandem.stored_int4_linear(
+            x, layer.weight, layer.scales, layer.workspace, layer.empty, layer.out_rows, bias
+        )
+
+
+class DenseLinearMethod(_StoredLinearMethod, UnquantizedLinearMethod):
+    """vLLM's own product on the store's matrix."""
+
+    def _bind(self, layer: Any, stacked: Any) -> None:
+        _register(layer, stacked.tensors, "weight")
 
 
 class StoredEmbeddingMethod(UnquantizedEmbeddingMethod):

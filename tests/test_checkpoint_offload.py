@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tandem.rl import checkpoint_offload, commands
+from tandem.rl import commands, offload
 from tandem.rl.checkpoint_offload import CheckpointedLayers
 from tandem.rl.config import AlgorithmConfig, Config, LoraConfig, ModelConfig
 from tandem.rl.console import Console
@@ -264,7 +264,7 @@ def test_without_being_asked_only_large_packs_on_a_gpu_go_out(folders, monkeypat
     assert layers.host is None
     on_gpu = CheckpointedLayers().attach(replace(lm, device=torch.device("cuda")))
     rows = 1000
-    monkeypatch.setattr(checkpoint_offload, "STAYS_ON_DEVICE", LAYERS * WIDTH * 4 * rows)
+    monkeypatch.setattr(offload, "STAYS_ON_DEVICE", LAYERS * WIDTH * 4 * rows)
     assert not on_gpu._offloads(rows)
     assert on_gpu._offloads(rows + 1)
     assert not layers._offloads(rows + 1)

@@ -15,10 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tandem.kernels.nf4 import write_nf4_stack
 from tandem.rl.errors import UserError
 from tandem.rollout.policy_adapter import InPlacePush, LoraPart, PolicyNames, Stacks, buffer_rank
 from tandem.rollout.process_state import frozen_heap, on_stream, preserved
-from tandem.rollout.stored_linear import release_scratch, reserve_scratch, write_nf4
+from tandem.rollout.stored_linear import release_scratch, reserve_scratch
 from tandem.rollout.vllm_plan import GIB, HEADROOM, VllmOptions, config_folder, kv_bytes_per_token, kv_cache_bytes
 from tandem.rollout.vllm_versions import ACCEPTED, LORA_RANKS, Relied, missing, refusal
 from tandem.rollout.weight_binding import WeightBinding
@@ -313,7 +314,7 @@ def test_the_operator_multiplies_by_what_bitsandbytes_stored(nested):
     tensors, weight = nf4(rows, width, nested=nested)
     out = torch.empty_like(weight)
     arguments = [tensors.get(name) for name in ("packed", "absmax", "absmax2", "code2", "offsets")]
-    write_nf4(out, arguments, rows)
+    write_nf4_stack(out, arguments[0], tuple(arguments[1:]), rows)
     assert torch.equal(out, weight)
     x = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(9)).bfloat16()
     bias = torch.randn(sum(rows)).bfloat16()
