@@ -213,7 +213,7 @@ class Nf4Format:
         self, tensors: Tensors, parts: Sequence[slice], index: int, columns: int, rows: slice
     ) -> NestedAbsmax | torch.Tensor:
         """Of these rows of a part: views where they are all of it."""
-        stored = (tensors["absmax"], *(tensors.get(name) for name in ("absmax2", "code2", "offsets")))
+        stored = tensors["absmax"], tensors.get("absmax2"), tensors.get("code2"), tensors.get("offsets")
         counts = [one.stop - one.start for one in parts]
         scales = [own for _, own in stacked_scales(stored, counts, columns, self.blocksize, self.blocksize2)][index]
         here = slice(*((row - parts[index].start) * columns // self.blocksize for row in (rows.start, rows.stop)))
