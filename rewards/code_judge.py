@@ -12,7 +12,6 @@ import importlib
 import os
 import sys
 import types
-import unittest
 from collections.abc import Iterator
 from typing import Any
 
@@ -174,7 +173,7 @@ class Judge:
 
     def _answer(self, operation: str, message: dict[str, Any], args: tuple[Any, ...]) -> Any:
         if "error" in message:
-            kind = getattr(builtins, str(message["error"]), None)
+            kind: Any = getattr(builtins, str(message["error"]), None)
             known = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError)
             if known and issubclass(kind, (StopIteration, StopAsyncIteration)):
                 known = operation == "next"  # elsewhere it would end a loop of the tests early: all(map(f, cases))
@@ -207,7 +206,7 @@ class Judge:
             self.callbacks.append(value)
             return {"k": len(self.callbacks) - 1}
         if isinstance(value, (list, tuple, dict, set, str, int, float)):
-            base = next(kind for kind in (list, tuple, dict, set, str, int, float) if isinstance(value, kind))
+            base: Any = next(kind for kind in (list, tuple, dict, set, str, int, float) if isinstance(value, kind))
             return encode(base(value), self._reference)  # a subclass, such as a Counter
         raise BadValue(f"tests cannot pass {type(value).__name__} to the solution")
 
@@ -292,6 +291,8 @@ class Tests:
         exec(compile(ast.Module([node], []), "tests.py", "exec"), self.namespace)
 
     def _run_method(self, class_name: str, name: str) -> None:
+        import unittest  # costs as much as the start of the interpreter, and few tests need it
+
         kind = self.namespace[class_name]
         if isinstance(kind, type) and issubclass(kind, unittest.TestCase):
             result = unittest.TestResult()

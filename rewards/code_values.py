@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 _MAX_DEPTH = 200
 _SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {"l": list, "t": tuple, "s": set, "z": frozenset}
-_SEQUENCE_TAGS = {list: "l", tuple: "t", set: "s", frozenset: "z"}
+_SEQUENCE_TAGS: dict[type, str] = {list: "l", tuple: "t", set: "s", frozenset: "z"}
 
 
 class BadValue(Exception):
@@ -22,7 +22,7 @@ class BadValue(Exception):
 
 def encode(value: Any, reference: Callable[[Any], dict[str, Any]], depth: int = 0) -> Any:
     """A value as JSON data; `reference` encodes what is not plain."""
-    kind = type(value)
+    kind: type = type(value)
     if depth > _MAX_DEPTH:
         raise BadValue(f"nested deeper than {_MAX_DEPTH}")
     if value is None or kind in (bool, int, str):

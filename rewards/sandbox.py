@@ -31,8 +31,8 @@ from __future__ import annotations
 import fcntl
 import marshal
 import os
+import secrets
 import selectors
-import shutil
 import stat
 import subprocess
 import tempfile
@@ -192,7 +192,7 @@ class Run:
                 start_new_session=True,
             )
         except BaseException:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _remove(self.folder)
             raise
         finally:
             for fd in opened:
@@ -283,7 +283,8 @@ class Run:
                 self._note_layer(key, value)
             else:
                 self.report[key] = value
-        if "started" not in self.report and self._killed_for is None and self.report.get("end") != "timeout":
+        unfinished = self._killed_for is None and self.report.get("end") != "timeout"
+        if "failed" in self.report or ("started" not in self.report and unfinished):
             self._refuse(streams["stderr"].decode("utf-8", "replace"))
         self.captured = streams.get("captured", b"")
         stdout, stderr = (streams[name].decode("utf-8", "replace") for name in ("stdout", "stderr"))
@@ -345,16 +346,38 @@ def _memory_file(content: bytes) -> int:
 
 
 def _remove(folder: str) -> None:
-    """Delete a folder whose owner may have taken every right from it; never follows a link."""
+    """Delete a folder, whatever its owner made of it: rights taken away, or nested deeper than a path can say.
 
-    def allow_and_retry(function: Callable[[str], object], path: str, _error: object) -> None:
-        parent = os.path.dirname(path)
-        for place in (parent, path):
-            if os.path.isdir(place) and not os.path.islink(place):
-                os.chmod(place, stat.S_IRWXU)
-        if function in (os.rmdir, os.unlink):
-            function(path)
-        else:
-            shutil.rmtree(path)
+    What lies in a subfolder is moved to the top before the subfolder is deleted, so that nothing is ever deep. Links
+    are deleted, never followed.
+    """
+    os.chmod(folder, 0o700)
+    top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    moved = 0
+    prefix = f".{secrets.token_hex(8)}-"
+    try:
+        while names := os.listdir(top):
+            for name in names:
+                if not _make_open(name, top):
+                    os.unlink(name, dir_fd=top)
+                    continue
+                below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
+                try:
+                    for child in os.listdir(below):
+                        _make_open(child, below)
+                        os.rename(child, f"{prefix}{moved}", src_dir_fd=below, dst_dir_fd=top)
+                        moved += 1
+                finally:
+                    os.close(below)
+                os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+    os.rmdir(folder)
 
-    shutil.rmtree(folder, onerror=allow_and_retry)
+
+def _make_open(name: str, parent: int) -> bool:
+    """Whether an entry is a folder; one is given back the rights that its deletion needs."""
+    if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+        return False
+    os.chmod(name, 0o700, dir_fd=parent)
+    return True

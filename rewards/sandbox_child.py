@@ -13,17 +13,13 @@ The job comes as a marshalled dict (see `sandbox._Run`), the report goes back as
 from __future__ import annotations
 
 import ctypes
-import functools
 import marshal
 import os
 import resource
 import select
-import signal
 import struct
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
 
 # A plain file beside this one: the interpreter that runs this sees no packages.
 from sandbox_rights import (  # type: ignore[import-not-found]
@@ -45,6 +41,12 @@ from sandbox_rights import (  # type: ignore[import-not-found]
     syscall,
 )
 
+TYPE_CHECKING = False  # `typing`, `signal` and `functools` would cost a third of this program's start
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_SIGKILL = 9
 _NOBODY = 65534
 _PRIVATE_UIDS = 0x60000000  # far above any account; plus the process id, so that runs cannot meet each other
 
@@ -210,7 +212,7 @@ def kill_tree(init_pid: int) -> None:
 
 def _kill(pid: int) -> None:
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, _SIGKILL)
     except ProcessLookupError:
         return
 
@@ -220,13 +222,13 @@ def _kill(pid: int) -> None:
 
 def init(job: dict[str, Any], report: Report, separated: set[str], guard_pid: int, end: int) -> None:
     """First process of the namespaces: builds the payload's world, starts it, and tells the guard how it ended."""
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_PDEATHSIG, _SIGKILL)
     if "process" not in separated and os.getppid() != guard_pid:
         os._exit(125)  # the guard died before this line
     prctl(PR_SET_DUMPABLE, 0)
     os.setsid()
     for name in ("network", "ipc", "uts", "cgroup"):
-        if report.layer(f"{name} namespace", functools.partial(_leave, CLONE[name])):
+        if report.layer(f"{name} namespace", _leaving(CLONE[name])):
             separated |= {name}
     root = os.geteuid() == 0
     uid = _private_uid(guard_pid) if root else None
@@ -249,8 +251,11 @@ def init(job: dict[str, Any], report: Report, separated: set[str], guard_pid: in
             os._exit(0)
 
 
-def _leave(namespace: int) -> None:
-    call(libc.unshare, namespace)
+def _leaving(namespace: int) -> Callable[[], None]:
+    def leave() -> None:
+        call(libc.unshare, namespace)
+
+    return leave
 
 
 def _private_uid(number: int) -> int:
@@ -356,13 +361,13 @@ def payload(job: dict[str, Any], report: Report, uid: int | None, separated: set
     report.say("layer", "no new privileges")
     if report.layer("landlock", lambda: restrict_files(job["readable"], job["devices"], folder)):
         separated |= {"landlock"}
-    if report.layer("seccomp", lambda: restrict_calls(own_signals_only="process" not in separated)):
+    rules = {"own_signals_only": "process" not in separated, "deny_modes": "root" not in separated}
+    if report.layer("seccomp", lambda: restrict_calls(**rules)):
         separated |= {"seccomp"}
     missing = set(job["required"]) - _in_force(separated, uid)
     if missing:
         report.say("refused", ", ".join(sorted(missing)))
         os._exit(125)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     report.say("started", 1)
     environment = {name: value.replace("{folder}", folder) for name, value in job["environment"].items()}
     os.execve(job["interpreter"], job["arguments"], environment)

@@ -15,7 +15,10 @@ import errno
 import os
 import stat
 import struct
-from typing import Any
+
+TYPE_CHECKING = False  # `typing` is not imported: it would cost as much as all the rest
+if TYPE_CHECKING:
+    from typing import Any
 
 libc = ctypes.CDLL(None, use_errno=True)
 MACHINE = os.uname().machine
@@ -94,6 +97,8 @@ DENIED = {
     "memfd_secret": (447, 447),
 }
 SIGNALLING = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131)}
+# Changes of mode, which Landlock does not cover: denied where the machine's files are in sight. -1: no such call.
+MODES = {"chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452)}
 CLONE_CALL, CLONE3_CALL = (56, 220), 435
 
 
@@ -150,7 +155,7 @@ _ALLOW, _DENY, _KILL, _UNKNOWN = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x8000000
 _NUMBER, _ARCHITECTURE, _ARGUMENT_0 = 0, 4, 16
 
 
-def filter_program(machine: str, own_pid: int | None) -> bytes:
+def filter_program(machine: str, own_pid: int | None, *, deny_modes: bool = False) -> bytes:
     """The seccomp filter as BPF instructions. `own_pid`: the only process that may be signalled; None: no rule."""
     column = {"x86_64": 0, "aarch64": 1}[machine]
     namespaces = sum(CLONE.values())
@@ -162,8 +167,9 @@ def filter_program(machine: str, own_pid: int | None) -> bytes:
     ]
     if machine == "x86_64":  # the x32 calls are the same calls under other numbers
         code += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]
-    for numbers in DENIED.values():
-        code += [(_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _DENY)]
+    for numbers in [*DENIED.values(), *(MODES.values() if deny_modes else ())]:
+        if numbers[column] >= 0:
+            code += [(_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _DENY)]
     # The C library falls back from clone3, whose flags a filter cannot see, to clone.
     code += [(_EQUAL, 0, 1, CLONE3_CALL), (_RETURN, 0, 0, _UNKNOWN)]
     code += [(_EQUAL, 0, 4, CLONE_CALL[column]), (_LOAD, 0, 0, _ARGUMENT_0)]
@@ -176,9 +182,9 @@ def filter_program(machine: str, own_pid: int | None) -> bytes:
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 
 
-def restrict_calls(*, own_signals_only: bool) -> None:
+def restrict_calls(*, own_signals_only: bool, deny_modes: bool = False) -> None:
     """Install the filter for this process and all that come after it."""
-    program = filter_program(MACHINE, os.getpid() if own_signals_only else None)
+    program = filter_program(MACHINE, os.getpid() if own_signals_only else None, deny_modes=deny_modes)
     buffer = ctypes.create_string_buffer(program)
     header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer))
     pointer = ctypes.create_string_buffer(header)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.rewards import sandbox_rights
+from tandem.rewards import sandbox, sandbox_rights
 from tandem.rewards.base import load_reward
 from tandem.rewards.code_judge import count_units
 from tandem.rewards.code_tests import code_tests, last_python_block, parse_tests, same
@@ -144,7 +144,7 @@ def test_what_is_outside_is_untouched(escapes: dict[str, Outcome], surroundings:
         ("prints errors without end", "output"),
         ("leaves a daemon", "ok"),
         ("deletes its own folder", "ok"),
-        ("recurses for ever", "error memory"),
+        ("recurses for ever", "error memory timeout"),
         ("crashes the interpreter", "error"),
         ("holds NUL bytes", "error"),
         ("prints bytes that are no text", "ok"),
@@ -213,7 +213,8 @@ def test_an_interrupted_pool_ends_its_programs() -> None:
     assert processes() <= before
 
 
-def test_the_program_dies_with_the_process_that_started_it() -> None:
+def test_the_program_dies_with_the_process_that_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before = processes()
     child = os.fork()
     if child == 0:
@@ -227,11 +228,11 @@ def test_the_program_dies_with_the_process_that_started_it() -> None:
     assert processes() <= before
 
 
-def test_nothing_is_left_on_disk_or_open() -> None:
-    import tempfile
+def test_nothing_is_left_on_disk_or_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def state() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), len(list(Path(tempfile.gettempdir()).glob("tandem-sandbox-*")))
+        return len(os.listdir("/proc/self/fd")), len(list(tmp_path.iterdir()))
 
     before = state()
     run_python("open('x', 'w').write('y')")
@@ -239,6 +240,27 @@ def test_nothing_is_left_on_disk_or_open() -> None:
         ["```python\ndef f(x):\n    return x\n```"] * 2, ["assert f(1) == 1", {"function": "f", "cases": [[[1], 1]]}]
     )
     assert state() == before
+
+
+def test_a_folder_is_deleted_whatever_was_made_of_it(tmp_path: Path) -> None:
+    victim, kept = tmp_path / "victim", tmp_path / "kept"
+    victim.mkdir()
+    kept.mkdir()
+    (kept / "file").touch()
+    (victim / "link").symlink_to(kept)
+    (victim / "closed").mkdir(mode=0)
+    here = os.open(".", os.O_RDONLY)
+    try:
+        os.chdir(victim)
+        for _ in range(3000):  # deeper than a path and than Python's recursion
+            os.mkdir("d")
+            os.chdir("d")
+    finally:
+        os.fchdir(here)
+        os.close(here)
+    sandbox._remove(str(victim))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept"]
+    assert (kept / "file").exists()
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "", "a/../../b", "main.py", "a\0b"])
@@ -274,8 +296,15 @@ def test_system_call_numbers_are_those_of_the_kernel_headers() -> None:
             continue
         text = Path(header).read_text(encoding="utf-8")
         known = {m[1]: int(m[2]) for m in re.finditer(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", text)}
-        ours = {**sandbox_rights.DENIED, **sandbox_rights.SIGNALLING, "clone": sandbox_rights.CLONE_CALL}
-        assert {n: v[column] for n, v in ours.items() if n in known} == {n: known[n] for n in ours if n in known}
+        ours = {
+            **sandbox_rights.DENIED,
+            **sandbox_rights.SIGNALLING,
+            **sandbox_rights.MODES,
+            "clone": sandbox_rights.CLONE_CALL,
+        }
+        assert {n: v[column] for n, v in ours.items() if n in known and v[column] >= 0} == {
+            n: known[n] for n, v in ours.items() if n in known and v[column] >= 0
+        }
 
 
 def run_filter(program: bytes, number: int, argument: int, architecture: int = 0xC000003E) -> int:
@@ -309,12 +338,14 @@ def test_the_filter_decides_as_its_tables_say() -> None:
     assert run_filter(program, 62, 78) == denied
     assert run_filter(program, 62, -1) == denied
     assert run_filter(sandbox_rights.filter_program("x86_64", None), 62, 78) == allowed
+    assert run_filter(program, 90, 0) == allowed  # chmod
+    assert run_filter(sandbox_rights.filter_program("x86_64", None, deny_modes=True), 90, 0) == denied
 
 
 # ---------------------------------------------------------------- the reward
 
 ASSERTS = """
-import math, unittest
+import math
 values = [(1, 2, 3), (2, 40, 42)]
 assert add(1, 2) == 3
 assert add(2, 2) == 4 and add(5, 5) == 10
@@ -333,6 +364,9 @@ assert add("x", "y").startswith("xy") and add("1", "2").isdigit()
 assert 3 in add([1, 2], [3])
 def test_function():
     assert add(7, 7) == 14
+"""
+UNITTEST = """
+import unittest
 class Case(unittest.TestCase):
     def test_method(self):
         self.assertEqual(add(8, 8), 16)
@@ -369,14 +403,15 @@ def test_no_forgery_passes_anything(name: str, forged: dict[str, list[float | No
     assert forged[name] == [0.0, 0.0, 0.0]
 
 
-def test_check_functions_cannot_be_forged() -> None:
-    names = ["returns what is equal to everything", "replaces the harness", "exits with success", "replaces builtins"]
-    assert code_tests([block(FORGERIES[name]) for name in names], [CHECK] * 4, "add") == [0.0] * 4
+def test_other_kinds_of_asserts_cannot_be_forged() -> None:
+    names = ["returns what is equal to everything", "replaces the harness", "replaces unittest", "raises SkipTest"]
+    for tests in (CHECK, UNITTEST):
+        assert code_tests([block(FORGERIES[name]) for name in names], [tests] * 4, "add") == [0.0] * 4
 
 
 def test_right_solutions_pass_everything() -> None:
     good = block("def add(a, b):\n    return a + b")
-    assert code_tests([good] * 3, [ASSERTS, CALLS, CHECK], "add") == [1.0, 1.0, 1.0]
+    assert code_tests([good] * 4, [ASSERTS, CALLS, CHECK, UNITTEST], "add") == [1.0] * 4
     assert code_tests([block("print(sum(map(int, input().split())))")], [IO]) == [1.0]
 
 
@@ -478,7 +513,8 @@ def test_forms_of_tests() -> None:
     assert len(parse_tests('[{"input": "1", "output": "2"}, {"input": "3", "output": "4"}]')) == 2
     assert len(parse_tests({"inputs": ["1\n", "2\n"], "outputs": ["1", "2"]})) == 2
     assert len(parse_tests({"inputs": [[1], [2]], "outputs": [1, 2], "fn_name": "f"})) == 1
-    assert count_units(ASSERTS) == 17
+    assert count_units(ASSERTS) == 16
+    assert count_units(UNITTEST) == 1
     assert last_python_block("```python\na\n```\n```text\nb\n```\n```py\nc\n```\n```python\nunfinished") == "c\n"
 
 
