@@ -5,7 +5,8 @@ A reward is a plain Python function with TRL's signature, called once for a whol
     def f(prompts, completions, completion_ids, **columns) -> list[float | None]
 
 It may name only the arguments that it wants, may be `async def`, and returns one number per completion (None: does
-not apply to this row). `trainer_state`, `log_extra` and `log_metric` are passed to functions that ask for them.
+not apply to this row). `trainer_state`, `log_extra` and `log_metric` are passed to functions that ask for them. verl's
+`compute_score` functions are known by their parameters and are called in verl's way.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from tandem.rewards.completion import completion_text
+from tandem.rewards.verl import VerlScore, is_verl
 from tandem.rl.errors import UserError
+
+__all__ = ["BUILT_IN", "RESERVED", "Reward", "completion_text", "load_function", "load_reward", "locate", "nearest"]
 
 BUILT_IN: dict[str, str] = {
     "math_answer": "tandem.rewards.math_answer",
@@ -34,13 +39,31 @@ BUILT_IN: dict[str, str] = {
     "boxed_format": "tandem.rewards.text_format",
     "length_penalty": "tandem.rewards.length",
     "overlong_penalty": "tandem.rewards.length",
+    "exact_match": "tandem.rewards.text_match",
+    "fuzzy_match": "tandem.rewards.text_match",
+    "json_schema": "tandem.rewards.json_schema",
+    "regex_match": "tandem.rewards.regex",
+    "repetition_penalty": "tandem.rewards.repetition",
+    "language_penalty": "tandem.rewards.repetition",
+    "code_tests": "tandem.rewards.code_tests",
+    "gate": "tandem.rewards.combine",
+    "minimum": "tandem.rewards.combine",
+    "group_ranks": "tandem.rewards.combine",
 }
 """Rewards that a config may name without a module, and where each is defined."""
+
+MAKERS: dict[str, str] = {"judge": "tandem.rewards.judge"}
+"""Built-in rewards with a state of their own (a cache, counters): made once, from the kwargs of the config's entry."""
 
 TEXT_ARGUMENTS = ("prompts", "completions", "completion_ids")
 TRAINER_ARGUMENTS = ("trainer_state", "log_extra", "log_metric", "environments")
 RESERVED = (*TEXT_ARGUMENTS, *TRAINER_ARGUMENTS)
 """Arguments that the toolkit fills; neither a column nor a config's kwargs may replace them."""
+OTHER_VALUES = "rewards_by_name"
+"""A reward that names this argument is called after those without it and gets their values: `{name: [value, …]}`."""
+ON_REQUEST = (OTHER_VALUES, "group_numbers", "reward_timeout")
+"""Arguments that the toolkit fills only where a function names them: the other rewards' values, which completions share
+a prompt (one number per completion), and the seconds that the call may take."""
 
 
 @dataclass
@@ -66,6 +89,11 @@ class Reward:
         return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
     @property
+    def combines(self) -> bool:
+        """Whether it is computed from other rewards' values."""
+        return OTHER_VALUES in self.named()
+
+    @property
     def file(self) -> str | None:
         """The Python file that defines the function; None for functions written in C."""
         function = inspect.unwrap(_without_partials(self.function))
@@ -87,12 +115,20 @@ class Reward:
 
     def required(self) -> list[str]:
         """Names of the parameters without a default."""
+        return [name for name, p in self.named().items() if p.default is p.empty]
+
+    def named(self) -> dict[str, inspect.Parameter]:
+        """The parameters that the function names, whether or not it takes others too."""
         try:
-            parameters = inspect.signature(self.function).parameters.values()
+            parameters = inspect.signature(self.function).parameters
         except (TypeError, ValueError):
-            return []
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        return [p.name for p in named if p.default is p.empty]
+            return {}
+        return {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+    def metrics(self) -> dict[str, float]:
+        """What the function's own `metrics()` tells about its latest call, if it has such a method."""
+        method = getattr(_without_partials(self.function), "metrics", None)
+        return {str(name): float(value) for name, value in method().items()} if callable(method) else {}
 
 
 def load_reward(
@@ -121,11 +157,17 @@ def load_reward(
     else:
         found, label = function, repr(function)
         name = name or getattr(function, "__name__", None) or type(function).__name__
-    _check_callable(found, label)
+    made = isinstance(function, str) and function in MAKERS
+    if not made:
+        _check_callable(found, label)
+    if is_verl(found):
+        found = VerlScore(found)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
         raise UserError(f"the weight of reward {name!r} is {weight!r}", fix="give a finite number")
     reward = Reward(name, found, float(weight), dict(kwargs or {}))
     _check_kwargs(reward)
+    if made:
+        return Reward(reward.name, _made(reward), reward.weight)
     return reward
 
 
@@ -141,14 +183,6 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"{what} {spec!r} is not callable: it is {type(found).__name__}", fix="name a function")
     return found
-
-
-def completion_text(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion as rewards receive it: the string itself, or what its assistant messages say."""
-    if isinstance(completion, str):
-        return completion
-    texts = [_content_text(m.get("content")) for m in completion if m.get("role", "assistant") == "assistant"]
-    return "\n".join(texts)
 
 
 def locate(error: BaseException, file: str | None) -> str:
@@ -201,15 +235,16 @@ def _find(spec: str, what: str) -> Any:
 
 
 def _find_built_in(name: str) -> Any:
-    if name in BUILT_IN:
-        return getattr(importlib.import_module(BUILT_IN[name]), name)
+    known = BUILT_IN | MAKERS
+    if name in known:
+        return getattr(importlib.import_module(known[name]), name)
     if name.endswith(".py"):
         raise UserError(f"reward function {name!r} names a file but no function", fix=f"write {name}:FUNCTION")
     module, dot, attribute = name.rpartition(".")
     hint = f"write {module}:{attribute}" if dot and module else "write FILE.py:FUNCTION or MODULE:FUNCTION"
     raise UserError(
-        f"there is no built-in reward {name!r}{nearest(name, BUILT_IN)}",
-        reason=f"built-in rewards are {', '.join(BUILT_IN)}",
+        f"there is no built-in reward {name!r}{nearest(name, known)}",
+        reason=f"built-in rewards are {', '.join(known)}",
         fix=f"for a function of your own {hint}",
     )
 
@@ -316,13 +351,16 @@ def _check_kwargs(reward: Reward) -> None:
             )
 
 
+def _made(maker: Reward) -> Any:
+    if missing := [n for n in maker.required() if n not in maker.kwargs]:
+        raise UserError(f"reward {maker.name!r} needs {missing[0]!r}", fix="give it in the reward's kwargs")
+    try:
+        return maker.function(**maker.kwargs)
+    except UserError as error:
+        raise UserError(f"reward {maker.name!r}: {error.problem}", reason=error.reason, fix=error.fix) from error
+
+
 def _without_partials(function: Any) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
     return function
-
-
-def _content_text(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return "" if content is None else str(content)

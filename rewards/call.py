@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tandem.rewards.base import RESERVED, Reward, locate, nearest
+from tandem.rewards.base import ON_REQUEST, OTHER_VALUES, RESERVED, Reward, locate, nearest
 from tandem.rewards.time_limit import Outcome, TimeLimitReached, run_all_within, run_within
 from tandem.rl.errors import UserError
 from tandem.rl.samples import Completion, Prompt
@@ -48,7 +48,10 @@ class Call:
         values: what it said, one per row, once it has run.
         seconds: how long it took.
         extras: columns that it logged (`log_extra`), one value per row.
-        metrics: scalars that it logged (`log_metric`), in order.
+        metrics: scalars that it logged (`log_metric`), in order, and what its own `metrics()` says after the call, as
+            `rewards/NAME/KEY`.
+        timeout: seconds that it may take.
+        others: values of the rewards that were called before, for a function that asks for `rewards_by_name`.
     """
 
     reward: Reward
@@ -58,9 +61,12 @@ class Call:
     seconds: float = 0.0
     extras: dict[str, list[Any]] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)
+    timeout: float = 60.0
+    others: dict[str, list[float | None]] = field(default_factory=dict)
 
     def run(self, timeout: float) -> None:
         """Run a synchronous function. Raises UserError for every fault of it."""
+        self.timeout = timeout
         arguments = self.arguments()
         start = time.perf_counter()
         try:
@@ -74,7 +80,7 @@ class Call:
             awaitable = result
             self.finish(run_all_within(timeout, [lambda: awaitable])[0], timeout)
         else:
-            self.values = self._checked(result)
+            self._take(result)
 
     def start(self) -> Awaitable[Any]:
         """The coroutine of an async function; its Outcome goes to `finish`."""
@@ -88,7 +94,13 @@ class Call:
             raise outcome.error
         if outcome.error is not None:
             raise self._fault(outcome.error, timeout) from outcome.error
-        self.values = self._checked(outcome.value)
+        self._take(outcome.value)
+
+    def _take(self, result: Any) -> None:
+        self.values = self._checked(result)
+        for key, value in self.reward.metrics().items():
+            if math.isfinite(value):
+                self.metrics.setdefault(f"rewards/{self.reward.name}/{key}", []).append(value)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments, only those which the function takes.
@@ -116,6 +128,14 @@ class Call:
             "environments": lambda: None,
         }
         arguments |= {name: make() for name, make in ours.items() if wanted is None or name in wanted}
+        asked = set(self.reward.named()).intersection(ON_REQUEST)
+        on_request: dict[str, Any] = {
+            OTHER_VALUES: lambda: {name: list(values) for name, values in self.others.items()},
+            "group_numbers": lambda: [row.group for row in self.rows],
+            "reward_timeout": lambda: self.timeout,
+        }
+        # A column of such a name is the function's own business.
+        arguments |= {name: on_request[name]() for name in ON_REQUEST if name in asked and name not in arguments}
         self._check_required(arguments)
         return arguments
 
@@ -130,8 +150,6 @@ class Call:
             return
         columns = self.columns()
         fix = f"rename a column, or give {missing[0]!r} in the reward's kwargs"
-        if "solution_str" in missing:
-            fix = "verl's compute_score takes one sample at a time: wrap it in f(prompts, completions, **columns)"
         raise UserError(
             f"reward {self.reward.name!r} needs an argument {missing[0]!r}, and there is no such column"
             f"{nearest(missing[0], columns)}",

@@ -6,13 +6,16 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from tandem.rewards.base import Reward
 from tandem.rewards.call import Call, Row, TrainerState
 from tandem.rewards.time_limit import run_all_within
 from tandem.rl.errors import UserError
 from tandem.rl.samples import Group, Scored
+
+OnMissing = Literal["stop", "group_mean"]
 
 
 @dataclass
@@ -42,10 +45,13 @@ def score(
     timeout: float,
     global_step: int = 0,
     max_steps: int = 0,
+    on_missing: OnMissing = "stop",
 ) -> Scores:
     """Call every reward on the whole batch and add them up.
 
-    Synchronous functions run one after another in the calling thread, async ones then concurrently.
+    Synchronous functions run one after another in the calling thread, async ones then concurrently, and then, in order,
+    those that combine others' values. A reward of weight 0 is only watched, or part of a combination: it says nothing
+    about whether a row has a reward, unless all weights are 0.
 
     Args:
         groups: prompts with their completions.
@@ -53,10 +59,13 @@ def score(
         decode: token ids to text without special tokens.
         timeout: seconds that one call of one function may take.
         global_step: optimiser steps done; max_steps: planned. Rewards see both as `trainer_state`.
+        on_missing: what becomes of a row to which no reward applies. stop: an error; group_mean: its total is the mean
+            of its group's other totals (0 if there are none), so that its advantage is zero and the others' baseline
+            stays; `rewards/missing` counts such rows, and it is still an error if the batch has no other.
 
     Raises:
         UserError: a function raised, took too long, returned something that is not one finite number or None per
-            completion, or no function applies to a row.
+            completion, or no function applies to a row (see on_missing).
     """
     _check_rewards(rewards)
     rows = [
@@ -66,19 +75,60 @@ def score(
     ]
     if not rows:
         return Scores()
-    calls = [Call(reward, rows, TrainerState(global_step, max_steps)) for reward in rewards]
-    for call in calls:
-        if not call.reward.is_async:
-            call.run(timeout)
-    if waiting := [call for call in calls if call.reward.is_async]:
-        for call, outcome in zip(waiting, run_all_within(timeout, [c.start for c in waiting]), strict=True):
-            call.finish(outcome, timeout)
+    calls = call_all(rewards, rows, TrainerState(global_step, max_steps), timeout)
+    totals = _totals(rows, calls, on_missing)
+    metrics = _metrics(calls)
+    if on_missing == "group_mean":
+        metrics["rewards/missing"] = float(sum(total is None for total in totals))
     return Scores(
-        rows=[_scored(i, row, calls) for i, row in enumerate(rows)],
-        metrics=_metrics(calls),
+        rows=[
+            Scored(row.prompt, row.completion, row.group, row.text, _values(calls, i), total)
+            for i, (row, total) in enumerate(zip(rows, _filled(rows, totals), strict=True))
+        ],
+        metrics=metrics,
         seconds={call.reward.name: call.seconds for call in calls},
         extras={column: values for call in calls for column, values in call.extras.items()},
     )
+
+
+def call_all(
+    rewards: list[Reward],
+    rows: list[Row],
+    state: TrainerState,
+    timeout: float,
+    faults: dict[str, UserError] | None = None,
+) -> list[Call]:
+    """Every reward on the rows; the calls in the order of the rewards, with their values.
+
+    Args:
+        faults: where given, a reward's fault is kept here by its name instead of being raised; it has no values then,
+            and what combines it is not called on them.
+
+    Raises:
+        UserError: a fault of a reward, where `faults` is None.
+    """
+    calls = [Call(reward, rows, state, timeout=timeout) for reward in rewards]
+
+    def guarded(call: Call, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except UserError as error:
+            if faults is None:
+                raise
+            faults[call.reward.name] = error
+
+    plain = [call for call in calls if not call.reward.combines]
+    for call in plain:
+        if not call.reward.is_async:
+            guarded(call, partial(call.run, timeout))
+    if waiting := [call for call in plain if call.reward.is_async]:
+        for call, outcome in zip(waiting, run_all_within(timeout, [c.start for c in waiting]), strict=True):
+            guarded(call, partial(call.finish, outcome, timeout))
+    for call in calls:
+        if call.reward.combines:
+            call.others = {other.reward.name: other.values for other in calls if other.values}
+            guarded(call, partial(call.run, timeout))
+    return calls
 
 
 def _check_rewards(rewards: list[Reward]) -> None:
@@ -89,23 +139,48 @@ def _check_rewards(rewards: list[Reward]) -> None:
         raise UserError(f"two reward functions are named {twice[0]!r}", fix="give one of them a `name`")
 
 
-def _scored(index: int, row: Row, calls: list[Call]) -> Scored:
-    values = {call.reward.name: call.values[index] for call in calls}
-    parts = [call.reward.weight * v for call in calls if (v := call.values[index]) is not None]
-    if not parts:
-        raise UserError(
-            f"no reward applies to row {index}: {', '.join(map(repr, values))} returned None\n{row.describe()}",
-            reason="a completion without a reward has no advantage",
-            fix="make one reward answer with a number, or leave such rows out of the data set",
-        )
-    total = sum(parts)
-    if not math.isfinite(total):
-        raise UserError(
-            f"the weighted total of row {index} is {total}: {values}\n{row.describe()}",
-            reason="the values are too large to be added",
-            fix="scale the rewards or their weights",
-        )
-    return Scored(row.prompt, row.completion, row.group, row.text, values, total)
+def _values(calls: list[Call], index: int) -> dict[str, float | None]:
+    return {call.reward.name: call.values[index] for call in calls}
+
+
+def _totals(rows: list[Row], calls: list[Call], on_missing: OnMissing) -> list[float | None]:
+    """The weighted sum of each row, None where no reward applies to it."""
+    counted = [call for call in calls if call.reward.weight] or calls
+    totals: list[float | None] = []
+    for index, row in enumerate(rows):
+        parts = [call.reward.weight * v for call in counted if (v := call.values[index]) is not None]
+        total = sum(parts) if parts else None
+        if total is None and on_missing == "stop":
+            raise _no_reward(index, row, counted)
+        if total is not None and not math.isfinite(total):
+            raise UserError(
+                f"the weighted total of row {index} is {total}: {_values(calls, index)}\n{row.describe()}",
+                reason="the values are too large to be added",
+                fix="scale the rewards or their weights",
+            )
+        totals.append(total)
+    if all(total is None for total in totals):
+        raise _no_reward(0, rows[0], counted)
+    return totals
+
+
+def _no_reward(index: int, row: Row, calls: list[Call]) -> UserError:
+    names = ", ".join(repr(call.reward.name) for call in calls)
+    return UserError(
+        f"no reward applies to row {index}: {names} returned None\n{row.describe()}",
+        reason="a completion without a reward has no advantage",
+        fix="make one reward answer with a number, or leave such rows out of the data set",
+    )
+
+
+def _filled(rows: list[Row], totals: list[float | None]) -> list[float]:
+    """The totals with their group's mean where there is none."""
+    groups: dict[int, list[float]] = {}
+    for row, total in zip(rows, totals, strict=True):
+        if total is not None:
+            groups.setdefault(row.group, []).append(total)
+    means = {group: statistics.fmean(known) for group, known in groups.items()}
+    return [means.get(row.group, 0.0) if total is None else total for row, total in zip(rows, totals, strict=True)]
 
 
 def _metrics(calls: list[Call]) -> dict[str, float]:

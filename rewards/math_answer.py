@@ -15,11 +15,10 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from tandem.rewards.base import RESERVED, completion_text
+from tandem.rewards.known_answer import ANSWER_COLUMNS
+from tandem.rewards.quantities import close, last_number, unit_of
 from tandem.rewards.text_format import boxed_contents
 from tandem.rl.errors import UserError
-
-GOLD_COLUMNS = ("answer", "solution", "ground_truth")
-"""Columns that may hold the known answer; the first that has a value counts."""
 
 _INTEGER = re.compile(r"-?(?:0|[1-9]\d{0,14})", re.ASCII)
 _THOUSANDS = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3}){1,4}", re.ASCII)
@@ -39,6 +38,9 @@ def math_answer(
     solution: list[Any] | None = None,
     ground_truth: list[Any] | None = None,
     boxed_only: bool = False,
+    last_number_only: bool = False,
+    tolerance: float = 0.0,
+    units: Literal["ignore", "match"] = "ignore",
     seconds: int = 2,
     **columns: Any,
 ) -> list[float | None]:
@@ -52,11 +54,19 @@ def math_answer(
         answer, solution, ground_truth: the known answers; the first column with a value counts: a number, `"0.5"`,
             LaTeX, a text with `\boxed{…}` or `$…$`, or GSM8K's `… #### 42`. A row without any gets None.
         boxed_only: only an answer inside `\boxed{…}` counts.
+        last_number_only: where nothing is boxed or tagged, the last number of the text is the answer (as for GSM8K),
+            instead of the expression that math-verify picks.
+        tolerance: a number is right within this share of the known one, 0.01 for one percent (of 1 if the known answer
+            is 0). 0: equal, as math-verify rounds. Sets, intervals and formulas are never nearly right.
+        units: ignore: `5 cm` equals `5`, and `5 m`; match: where the known answer has a unit, the completion's must be
+            written the same way (case counts, spaces, LaTeX and a plural s do not; nothing is converted).
         seconds: time limit of math-verify for reading one answer and for comparing it; what takes longer is wrong. It
             needs the main thread; elsewhere only the limit of the whole reward counts.
 
     Raises:
-        UserError: none of the columns exists, or a known answer cannot be read.
+        UserError: none of the columns exists, a known answer cannot be read, or a parameter is out of range.
+
+    Sets and lists are right in any order (`\{1, 2\}` or `2, 1`), tuples and intervals in theirs.
 
     >>> math_answer([r"6 × 7 = \boxed{42}", "It is 41."], answer=["42", "#### 42"])
     [1.0, 0.0]
@@ -67,9 +77,15 @@ def math_answer(
     if not golds:
         given = [name for name in columns if name not in RESERVED]
         raise UserError(
-            f"math_answer found none of the columns {', '.join(GOLD_COLUMNS)}",
+            f"math_answer found none of the columns {', '.join(ANSWER_COLUMNS)}",
             reason=f"the data set's columns are {', '.join(given)}" if given else "the data set has no further columns",
-            fix=f"rename the column of known answers to {GOLD_COLUMNS[0]!r}",
+            fix=f"rename the column of known answers to {ANSWER_COLUMNS[0]!r}",
+        )
+    if not 0 <= tolerance < 1 or units not in ("ignore", "match") or (boxed_only and last_number_only):
+        raise UserError(
+            f"tolerance is {tolerance!r}, units is {units!r}, boxed_only {boxed_only}, last_number_only "
+            f"{last_number_only}",
+            fix="give 0 ≤ tolerance < 1, units: ignore or match, and at most one of boxed_only and last_number_only",
         )
     limit = seconds if threading.current_thread() is threading.main_thread() else None
     results: list[float | None] = []
@@ -80,7 +96,14 @@ def math_answer(
             continue
         known = _gold_text(gold, row, limit)
         found = extract_answer(completion_text(completion), boxed_only=boxed_only)
-        results.append(float(found is not None and _equal(known, *found, limit)))
+        if found is None:
+            results.append(0.0)
+            continue
+        said, place = found
+        right = units == "ignore" or not (unit := unit_of(known)) or unit_of(said) == unit
+        if right and last_number_only and place == "text":
+            said, place = last_number(said) or "", "boxed"
+        results.append(float(right and bool(said) and _right(known, said, place, tolerance, limit)))
     return results
 
 
@@ -133,6 +156,17 @@ def _written(gold: Any) -> str:
     return ""
 
 
+def _right(gold: str, answer: str, place: Place, tolerance: float, limit: int | None) -> bool:
+    if _equal(gold, answer, place, limit):
+        return True
+    if not tolerance:
+        return False
+    known = plain_number(gold)
+    known_value = float(known) if known is not None else _value(gold, "tag", limit)
+    found_value = _value(answer, place, limit)
+    return known_value is not None and found_value is not None and close(found_value, known_value, tolerance)
+
+
 def _equal(gold: str, answer: str, place: Place, limit: int | None) -> bool:
     known, found = plain_number(gold), plain_number(answer)
     if known is not None and found is not None:
@@ -157,11 +191,39 @@ def plain_number(text: str) -> Decimal | None:
 def _verified(gold: str, answer: str, place: Place, limit: int | None) -> bool:
     from math_verify import verify
 
-    if place == "tag":
-        found = _parse_answer(answer, limit)
-    else:
-        found = _parse(f"\\boxed{{{answer}}}" if place == "boxed" else answer, limit)
+    found = _read(answer, place, limit)
     return bool(found) and bool(verify(list(_parse_gold(gold, limit)), found, timeout_seconds=limit))
+
+
+@lru_cache(maxsize=16384)
+def _value(answer: str, place: Place, limit: int | None) -> float | None:
+    """The real number that an answer is (also as `x = …`), None if it is something else or takes too long."""
+    plain = plain_number(answer)
+    if plain is not None:
+        return float(plain)
+    from math_verify.errors import TimeoutException
+    from math_verify.utils import timeout
+
+    items = _read(answer, place, limit)
+
+    def evaluate() -> float | None:
+        for item in items:
+            side = getattr(item, "rhs", item)
+            if getattr(side, "is_number", False) and getattr(side, "is_real", False):
+                value = float(side)
+                return value if math.isfinite(value) else None
+        return None
+
+    try:
+        return timeout(limit)(evaluate)()
+    except (TimeoutException, TypeError, ValueError, OverflowError):  # numbers that are no float
+        return None
+
+
+def _read(answer: str, place: Place, limit: int | None) -> list[Any]:
+    if place == "tag":
+        return _parse_answer(answer, limit)
+    return _parse(f"\\boxed{{{answer}}}" if place == "boxed" else answer, limit)
 
 
 @lru_cache(maxsize=16384)

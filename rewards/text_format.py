@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from tandem.rewards.base import completion_text
+from tandem.rewards.completion import completion_text
 from tandem.rl.errors import UserError
 
 _BOXED = re.compile(r"\\boxed(?![A-Za-z])")

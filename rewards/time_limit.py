@@ -2,7 +2,9 @@
 
 Synchronous functions run in the main thread, because `signal.alarm`, which math-verify and many users rely on, works
 only there. A watchdog thread wakes the main thread by a signal that nobody else uses; its handler raises an exception
-inside the function. What cannot be interrupted is one long call into C code that never looks at signals.
+inside the function. C code that never lets another thread run (a regular expression that backtracks without end) keeps
+the watchdog asleep, so that a timer of the system on used processor time sends a signal too, where nobody else has set
+one. What cannot be interrupted is one long call into C code that never looks at signals.
 
 Async functions run on one event loop in a thread of its own that lives as long as the process, so that connection
 pools which belong to a loop survive from call to call.
@@ -11,6 +13,7 @@ pools which belong to a loop survive from call to call.
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import sys
 import threading
@@ -87,14 +90,19 @@ class _Interruptible:
         self.seconds, self.signum = seconds, signum
         self.finished = threading.Event()
         self.expired = self.fired = False
+        self.deadline = math.inf
         self.frame: FrameType | None = None
         self.thread_id = threading.get_ident()
 
     def run(self, function: Callable[[], T]) -> T:
         watchdog = threading.Thread(target=self._watch, name="reward-time-limit", daemon=True)
         previous = signal.signal(self.signum, self._on_signal)
+        self.deadline = time.monotonic() + self.seconds
+        timer = _CpuTimer.free()
         try:
             watchdog.start()
+            if timer:
+                timer.start(self.seconds, self._on_signal)
             result = self._call(function)
         except BaseException as error:
             # `fired` rather than the exception's type: the function may have turned it into another one.
@@ -104,6 +112,8 @@ class _Interruptible:
         finally:
             self.finished.set()
             try:
+                if timer:
+                    timer.stop()
                 # After this no signal can be sent any more, and only then may the handler go.
                 watchdog.join()
             finally:
@@ -128,13 +138,34 @@ class _Interruptible:
     def _on_signal(self, _signum: int, frame: FrameType | None) -> None:
         # Raising only where `_call` is on the stack makes the edge safe: the exception starts below the `except` in
         # `run`, and a signal that comes after the function has returned does nothing.
-        if not self.expired:
-            return
+        if not self.expired and time.monotonic() < self.deadline:
+            return  # the processor's time of many threads passes faster than the clock's
         while frame is not None:
             if frame is self.frame:
                 self.fired = True
                 raise _TimeUp
             frame = frame.f_back
+
+
+class _CpuTimer:
+    """The system's timer on the processor time of this process."""
+
+    @classmethod
+    def free(cls) -> _CpuTimer | None:
+        """The timer, or None where there is none or somebody uses it."""
+        if not hasattr(signal, "setitimer") or signal.getsignal(signal.SIGVTALRM) is not signal.SIG_DFL:
+            return None
+        return cls() if signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0) else None
+
+    def start(self, seconds: float, handler: Callable[[int, FrameType | None], None]) -> None:
+        signal.signal(signal.SIGVTALRM, handler)
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _RESEND_SECONDS)
+
+    def stop(self) -> None:
+        """Safe where it was never started. A signal that is on its way is ignored, not fatal."""
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, signal.SIG_IGN)
+        signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
 
 
 def _free_signal() -> int | None:

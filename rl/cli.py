@@ -83,6 +83,53 @@ def check(
     _commands().check(load_config(config, overrides), num_prompts=prompts, console=_console())
 
 
+@app.command()
+def rewards(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    on: Annotated[
+        Path | None,
+        typer.Option("--on", help="Completions: JSON lines, or a run's rollouts/*.jsonl.", metavar="FILE.jsonl"),
+    ] = None,
+    answers: Annotated[
+        str | None, typer.Option(help="Without --on: the data's column that is taken as completions.", metavar="COLUMN")
+    ] = None,
+    show: Annotated[int, typer.Option(help="How many completions to show with their values.", min=0)] = 0,
+    watch: Annotated[bool, typer.Option("--watch", help="Again whenever a reward's file changes.")] = False,
+) -> None:
+    """Compute the config's rewards on existing completions and show their statistics; no model is loaded."""
+    from tandem.rl import rewards_command
+
+    checked = load_config(config, overrides)
+    if watch:
+        command = ["rewards", str(config), *(overrides or []), f"--show={show}"]
+        command += [f"--on={on}"] if on else []
+        command += [f"--answers={answers}"] if answers else []
+        rewards_command.watch(command, checked, [config, *([on] if on else [])], _console())
+    elif not rewards_command.show_rewards(checked, _console(), on=on, answers=answers, examples=show):
+        raise typer.Exit(2)
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="A card (4090, a10, h100, …) or its memory in GiB; without it the one here.", metavar="CARD"),
+    ] = None,
+    host_gib: Annotated[
+        float | None, typer.Option(help="Host memory in GiB; without it this machine's.", metavar="GIB")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """What a run needs and what fits on a card, from the config alone; loads no weights, needs no GPU."""
+    checked = load_config(config, overrides)
+    from tandem.rl import plan_command
+
+    plan_command.plan(checked, gpu=gpu, host_gib=host_gib, as_json=as_json, console=_console())
+
+
 def main() -> None:
     """Entry point: turns a user's mistake into one clear message and exit code 2."""
     try:

@@ -25,6 +25,7 @@ from tandem.rl.journal import drop_after, write_rollouts
 from tandem.rl.lora import attach_lora, load_adapter, trainable
 from tandem.rl.model import LanguageModel, check_packing, load_model
 from tandem.rl.optim import make_optimizer
+from tandem.rl.parity import check_engine
 from tandem.rl.report import write_report
 from tandem.rl.trackers import NoTrackers, Trackers
 from tandem.rl.trainer import Trainer, total_steps
@@ -126,11 +127,11 @@ def check(config: Config, *, num_prompts: int, console: Console) -> None:
     rows = with_advantages(scores.rows, config)
     console.print_completions(rows, len(rows))
     tokens = sum(len(c.ids) for g in groups for c in g.completions)
-    difference = _log_prob_difference(lm, config, rows)
+    numbers, parity = check_engine(lm, config, policy_batch(rows, mask_truncated=False), engine=engine.name)
     facts = [
         ("prompts × completions", f"{len(prompts)} × {config.rollout.num_generations}"),
         ("tokens per second", f"{tokens / generated:.0f}"),
-        ("trainer against rollout log-probs", f"largest difference {difference:.2g}"),
+        *numbers,
         *((f"seconds in {name}", f"{seconds:.3f}") for name, seconds in scores.seconds.items()),
     ]
     for name in config.reward_names():
@@ -144,6 +145,10 @@ def check(config: Config, *, num_prompts: int, console: Console) -> None:
     console.table("Check", facts)
     if all(row.advantage == 0 for row in rows):
         console.warn("no group has a spread of rewards here, so nothing would be learned from these completions")
+    if parity.failure is not None:
+        if config.parity.action == "stop":
+            raise parity.failure
+        console.warn(str(parity.failure))
 
 
 def report(run_dir: Path, *, console: Console) -> Path:
@@ -308,28 +313,6 @@ def _adapter_folder(run_dir: Path) -> Path:
     if checkpoint := latest_checkpoint(run_dir):
         return checkpoint
     raise UserError(f"{run_dir} has neither an adapter nor a checkpoint yet", fix="evaluate after the first checkpoint")
-
-
-def _log_prob_difference(lm: LanguageModel, config: Config, rows: list) -> float:
-    import torch
-
-    from tandem.rl.model import with_sampling
-    from tandem.rl.packing import pack
-    from tandem.rl.step import sequence_log_probs
-
-    rollout = config.rollout
-    head = with_sampling(
-        lm.head,
-        temperature=rollout.temperature,
-        top_k=rollout.top_k,
-        top_p=rollout.top_p,
-        chunk_size=config.train.logprob_chunk_size,
-    )
-    batch = policy_batch(rows, mask_truncated=False)
-    own, _ = sequence_log_probs(lm, pack(batch.sequences, 4096), len(rows), head)
-    return max(
-        float((a.cpu() - torch.tensor(b)).abs().max()) for a, b in zip(own, batch.rollout_log_probs, strict=True)
-    )
 
 
 def _show_plan(config: Config, inputs: Inputs, console: Console) -> None:

@@ -20,6 +20,7 @@ from tandem.rl.sections import (
     LoraConfig,
     ModelConfig,
     OptimConfig,
+    ParityConfig,
     PreferenceConfig,
     RewardsConfig,
     RewardSpec,
@@ -39,6 +40,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "OptimConfig",
+    "ParityConfig",
     "PreferenceConfig",
     "RewardSpec",
     "RewardsConfig",
@@ -68,6 +70,7 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    parity: ParityConfig = Field(default_factory=ParityConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     warmup: WarmupConfig = Field(default_factory=WarmupConfig)

@@ -36,6 +36,10 @@ _SHOWN = (
 _TOKENS_PER_SECOND = ("tokens_per_second", "tokens_per_s", "perf/throughput")
 _HIDDEN_BESIDE_REWARD = "loss"  # the policy loss hovers about zero and says little; for SFT it is the number to watch
 
+_TIME = "time/"
+_SHOWN_PARTS = 2
+_SMALLEST_SHARE = 0.05
+
 _MAX_SHOWN_CHARACTERS = 1200
 
 _TERMINAL_MOVES = re.compile("[\r\v\f\x1c-\x1f\x85]")  # white space that is no plain blank, line end or tab
@@ -68,11 +72,12 @@ class Console:
         self._started = time.monotonic()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._label = ""
 
     def start(self, total: int, done: int = 0, label: str = "training") -> None:
         """Begin showing progress over `total` steps, of which `done` were made in an earlier process."""
         self.stop()
-        self._total, self._first, self._started = total, done, time.monotonic()
+        self._total, self._first, self._started, self._label = total, done, time.monotonic(), label
         if self._live:
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False),
@@ -98,6 +103,12 @@ class Console:
         else:
             total = str(self._total) if self._total else "?"
             self._line(self._out, self._text("  ".join([f"step {step:>{len(total)}}/{total}", *parts])))
+
+    def part(self, name: str) -> None:
+        """Show on the live bar which part of a step goes on; an empty name: none in particular."""
+        if self._progress is not None and self._task is not None:
+            text = f"{self._label}: {name.replace('_', '-')}" if name else self._label
+            self._progress.update(self._task, description=text)
 
     def stop(self) -> None:
         """Take the live bar away. Safe to call at any time."""
@@ -195,7 +206,20 @@ def _shown(metrics: Mapping[str, float]) -> list[str]:
     rate = next((metrics[name] for name in _TOKENS_PER_SECOND if name in metrics), None)
     if rate is not None:
         parts.append(f"{_quantity(rate)} tok/s")
+    if times := _times(metrics):
+        parts.append(times)
     return parts
+
+
+def _times(metrics: Mapping[str, float]) -> str:
+    """A step's seconds and the parts that took most of them: `12.3 s (generate 61%, backward 30%)`."""
+    seconds = metrics.get("step_time", 0.0)
+    if not seconds > 0:
+        return ""
+    shares = {n.removeprefix(_TIME): s / seconds for n, s in metrics.items() if n.startswith(_TIME)}
+    largest = sorted(shares, key=lambda name: -shares[name])[:_SHOWN_PARTS]
+    shown = ", ".join(f"{name} {shares[name]:.0%}" for name in largest if shares[name] >= _SMALLEST_SHARE)
+    return f"{seconds:.3g} s" + (f" ({shown})" if shown else "")
 
 
 def _quantity(value: float) -> str:

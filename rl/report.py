@@ -7,91 +7,21 @@ light ones also lie under `report/` as PNG files.
 from __future__ import annotations
 
 import base64
-import io
 import json
-import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from tandem.rl.errors import UserError
 from tandem.rl.journal import read_rollouts, rollout_files, write_whole
+from tandem.rl.report_plots import Chart, Points, draw_charts, is_number, series, visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 # Journals of long runs are large. More files than this are thinned out evenly, and the report says so.
 _MAX_ROLLOUT_FILES = 200
 _NUM_SHOWN = 5
-_SMOOTH_FROM = 30  # points; a shorter curve is drawn as it is
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-
-Points = list[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class _Plot:
-    """What one chart shows: a file name, a title, and the metrics that are drawn, where a run has them."""
-
-    slug: str
-    title: str
-    metrics: tuple[str, ...]  # a `*` stands for any name
-    note: str = ""
-    bounds: tuple[str, str] | None = None  # metrics that bound a band about the curve
-    log: bool = False
-    smooth: bool = True  # long curves get a running mean
-    from_zero: bool = True  # unless values are negative
-
-
-_HELD_OUT = "eval/score", "eval/reward", "eval_score", "eval_reward"
-_MEAN_LENGTHS = "completions/mean_length", "completions/mean_terminated_length"
-_SHORTEST, _LONGEST = "completions/min_length", "completions/max_length"
-_CLIPS = "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"
-_MISMATCH = "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"
-_LENGTH_NOTE = "tokens; the band spans the shortest and the longest"
-_WASTED = "completions/clipped_ratio", "frac_reward_zero_std"
-_SPEED = "tokens_per_second", "tokens_per_s", "perf/throughput"
-
-_PLOTS = (
-    _Plot("score", "Held-out score", _HELD_OUT, "before, during and after training", from_zero=False),
-    _Plot("reward", "Reward", ("reward",), "mean weighted total of each rollout batch", from_zero=False),
-    _Plot("rewards", "Each reward", ("rewards/*/mean",), "mean of each reward function", from_zero=False),
-    _Plot("length", "Completion length", _MEAN_LENGTHS, _LENGTH_NOTE, bounds=(_SHORTEST, _LONGEST)),
-    _Plot("shares", "Wasted completions", _WASTED, "share cut by the length limit; share in groups of equal rewards"),
-    _Plot("loss", "Loss", ("loss", "eval/loss"), from_zero=False),
-    _Plot("kl", "KL to the reference policy", ("kl",), "nats per token"),
-    _Plot("entropy", "Entropy", ("entropy",), "nats per token"),
-    _Plot("grad_norm", "Gradient norm", ("grad_norm",)),
-    _Plot("clip_ratio", "Clipped tokens", _CLIPS, "share of tokens whose ratio left the trust region"),
-    _Plot("mismatch", "Trainer and rollout log-probs", _MISMATCH, "absolute difference per token", log=True),
-    _Plot("learning_rate", "Learning rate", ("learning_rate", "lr"), smooth=False),
-    _Plot("tokens_per_second", "Speed", _SPEED, "tokens per second"),
-    _Plot("step_time", "Step time", ("step_time",), "seconds"),
-)
-
-
-@dataclass(frozen=True)
-class _Theme:
-    paper: str
-    ink: str
-    grid: str
-    colours: tuple[str, ...]
-
-
-_LIGHT = _Theme("#ffffff", "#46505c", "#e6e9ed", ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2"))
-_DARK = _Theme("#1a1f27", "#aab4c0", "#303844", ("#6aa5ff", "#fbbf24", "#34d399", "#f472b6", "#b69cff", "#22d3ee"))
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One drawn chart; the images are base64 PNG data URIs."""
-
-    slug: str
-    title: str
-    note: str
-    light: str
-    dark: str
 
 
 @dataclass
@@ -117,7 +47,7 @@ def write_report(run_dir: Path) -> Path:
     if not run_dir.is_dir():
         raise UserError(f"there is no run folder {str(run_dir)!r}", fix="give the folder that holds metrics.jsonl")
     run = _read_run(run_dir)
-    charts = _charts(run)
+    charts = draw_charts(run.metrics, run.steps)
     _write_images(run_dir / "report", charts)
     name = str(run.config.get("run_name") or run_dir.resolve().name)
     html = _render(
@@ -215,13 +145,13 @@ def _facts(run: _Run) -> list[dict[str, str]]:
     """The large numbers at the top."""
     facts = []
     scores: list[Any] = [run.summary.get("score_before"), run.summary.get("score_after")]
-    if not all(_is_number(score) for score in scores):
-        scores = [score for _, score in _series(run, "eval/score") or _series(run, "eval_score")]
+    if not all(is_number(score) for score in scores):
+        scores = [score for _, score in series(run.metrics, "eval/score") or series(run.metrics, "eval_score")]
     if len(scores) > 1:
         facts.append(_change("Held-out score", float(scores[0]), float(scores[-1])))
     for name, label in (("reward", "Reward"), ("loss", "Loss"), ("completions/mean_length", "Completion length")):
-        points = _series(run, name)
-        if points and not (name == "loss" and _series(run, "reward")):
+        points = series(run.metrics, name)
+        if points and not (name == "loss" and series(run.metrics, "reward")):
             window = max(1, len(points) // 10)
             facts.append(_change(label, _mean(points[:window]), _mean(points[-window:])))
     if run.metrics:
@@ -229,9 +159,9 @@ def _facts(run: _Run) -> list[dict[str, str]]:
         facts.append(
             {"label": "Steps", "value": f"{_last_step(run)}" + (f" / {planned}" if planned else ""), "note": ""}
         )
-    if times := _series(run, "step_time"):
+    if times := series(run.metrics, "step_time"):
         facts.append({"label": "Time in steps", "value": _duration(sum(t for _, t in times)), "note": ""})
-    if tokens := _series(run, "num_tokens"):
+    if tokens := series(run.metrics, "num_tokens"):
         facts.append({"label": "Tokens", "value": f"{tokens[-1][1]:,.0f}", "note": ""})
     return facts
 
@@ -274,13 +204,9 @@ def _shown(value: Any, form: str = ".6g") -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _extremes(run: _Run, best: bool) -> list[dict[str, Any]]:
     """Completions of the highest or the lowest reward, one per prompt; of equal ones the latest."""
-    pool = [record for record in run.steps or run.evals if _is_number(record.get("reward"))]
+    pool = [record for record in run.steps or run.evals if is_number(record.get("reward"))]
     pool.sort(key=lambda r: (r["reward"] if best else -r["reward"], r.get("step", 0)), reverse=True)
     chosen: dict[Any, dict[str, Any]] = {}
     for record in pool:
@@ -304,7 +230,7 @@ def _most_changed(run: _Run) -> dict[str, Any] | None:
 def _first_and_last(records: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     by_prompt: dict[Any, dict[int, list[dict[str, Any]]]] = {}
     for record in records:
-        if _is_number(record.get("reward")):
+        if is_number(record.get("reward")):
             by_prompt.setdefault(record.get("prompt_index"), {}).setdefault(record.get("step", 0), []).append(record)
     for by_step in by_prompt.values():
         if len(by_step) > 1:
@@ -343,141 +269,6 @@ def _prompt(prompt: Any) -> list[tuple[str, str]]:
     return [("", str(prompt))]
 
 
-def _visible(text: str) -> str:
-    """Control characters and lone surrogates, which HTML cannot hold, as escapes."""
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
-
-
-def _series(run: _Run, name: str) -> Points:
-    return [(r["step"], float(r[name])) for r in run.metrics if _is_number(r.get(name))]
-
-
-def _charts(run: _Run) -> list[Chart]:
-    names = list(dict.fromkeys(name for record in run.metrics for name in record))
-    charts = []
-    for plot in _PLOTS:
-        lines = {name: points for name in _matching(plot.metrics, names) if (points := _series(run, name))}
-        if lines:
-            band = [_series(run, name) for name in plot.bounds] if plot.bounds else []
-            charts.append(_draw(plot, lines, band))
-    if run.steps:
-        charts.insert(min(len(charts), 4), _distribution(run.steps))
-    return charts
-
-
-def _matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
-    expressions = [re.escape(pattern).replace(r"\*", ".+") for pattern in patterns]
-    return list(dict.fromkeys(name for e in expressions for name in names if re.fullmatch(e, name)))
-
-
-def _draw(plot: _Plot, lines: dict[str, Points], band: list[Points]) -> Chart:
-    def draw(axes: Any, theme: _Theme) -> None:
-        for (name, points), colour in zip(lines.items(), theme.colours * (1 + len(lines) // 6), strict=False):
-            _curve(axes, points, colour, _label(name, plot), plot.smooth)
-        if len(band) == 2 and band[0] and [x for x, _ in band[0]] == [x for x, _ in band[1]]:
-            xs, low = zip(*band[0], strict=True)
-            axes.fill_between(xs, low, [y for _, y in band[1]], color=theme.colours[0], alpha=0.12, linewidth=0)
-        if plot.log and all(y > 0 for points in lines.values() for _, y in points):
-            axes.set_yscale("log")
-        if plot.from_zero and not plot.log and axes.get_ylim()[0] >= 0:
-            axes.set_ylim(bottom=0)
-        if len(lines) > 1:
-            axes.legend(frameon=False, fontsize=8, labelcolor=theme.ink, loc="best")
-
-    return _chart(plot.slug, plot.title, plot.note, draw)
-
-
-def _curve(axes: Any, points: Points, colour: str, label: str, smooth: bool) -> None:
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    if len(points) < _SMOOTH_FROM:
-        axes.plot(xs, ys, color=colour, linewidth=1.8, marker="o", markersize=3.5, label=label)
-    elif not smooth:
-        axes.plot(xs, ys, color=colour, linewidth=1.9, label=label)
-    else:
-        axes.plot(xs, ys, color=colour, linewidth=0.8, alpha=0.35)
-        axes.plot(xs, _smoothed(ys), color=colour, linewidth=1.9, label=label)
-
-
-def _smoothed(values: list[float]) -> list[float]:
-    """Mean over a centred window, which unlike a running average does not lag behind."""
-    half = max(1, len(values) // 40)
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
-
-
-def _label(name: str, plot: _Plot) -> str:
-    """A metric's name without what all of the chart have in common, and not read as a formula by matplotlib."""
-    for pattern in plot.metrics:
-        head, star, tail = pattern.partition("*")
-        if star and name.startswith(head) and name.endswith(tail):
-            name = name[len(head) : len(name) - len(tail)]
-    short = name.rpartition("/")[2] if name in plot.metrics and plot.slug != "loss" else name
-    return " " * short.startswith("_") + _visible(short).replace("$", r"\$")
-
-
-def _distribution(records: list[dict[str, Any]]) -> Chart:
-    """Rewards per step as a heat map; every column adds up to one."""
-    import numpy as np
-
-    scored = [(r.get("step", 0), r["reward"]) for r in records if _is_number(r.get("reward"))]
-    steps = sorted({step for step, _ in scored})
-    column = {step: i * min(len(steps), 80) // len(steps) for i, step in enumerate(steps)}
-    low, high = min((y for _, y in scored), default=0.0), max((y for _, y in scored), default=1.0)
-    pad = 0.02 * (high - low) or 0.5
-    edges = np.linspace(low - pad, high + pad, 25)
-    counts = np.zeros((24, max(column.values(), default=0) + 1))
-    for step, reward in scored:
-        counts[min(int(np.searchsorted(edges, reward, side="right")) - 1, 23), column[step]] += 1
-    shares = counts / np.maximum(counts.sum(axis=0, keepdims=True), 1)
-    first, last = (steps[0], steps[-1]) if steps else (0, 1)
-
-    def draw(axes: Any, theme: _Theme) -> None:
-        from matplotlib.colors import LinearSegmentedColormap
-
-        colours = LinearSegmentedColormap.from_list("share", [theme.paper, theme.colours[0]])
-        extent = (first - 0.5, last + 0.5, float(edges[0]), float(edges[-1]))
-        axes.imshow(
-            shares, origin="lower", aspect="auto", extent=extent, cmap=colours, vmin=0.0, interpolation="nearest"
-        )
-        axes.grid(False)
-
-    return _chart(
-        "reward_distribution",
-        "Reward distribution",
-        "share of each step's completions; a stronger colour is more",
-        draw,
-    )
-
-
-def _chart(slug: str, title: str, note: str, draw: Any) -> Chart:
-    images = [_image(draw, theme) for theme in (_LIGHT, _DARK)]
-    light, dark = ("data:image/png;base64," + base64.b64encode(image).decode("ascii") for image in images)
-    return Chart(slug, title, note, light, dark)
-
-
-def _image(draw: Any, theme: _Theme) -> bytes:
-    """A PNG. The figure is made without pyplot, so that nothing global is touched and no window can open."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(5.6, 2.9), dpi=144, facecolor=theme.paper, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(facecolor=theme.paper)
-    axes.grid(True, color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    draw(axes, theme)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(theme.grid)
-    axes.tick_params(colors=theme.ink, labelsize=8, length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-    axes.set_xlabel("step", color=theme.ink, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": ""})
-    return buffer.getvalue()
-
-
 def _write_images(folder: Path, charts: list[Chart]) -> None:
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):  # charts of an earlier report that this one does not have
@@ -493,7 +284,7 @@ def _render(**values: Any) -> str:
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=lambda value: _visible(value) if type(value) is str else value,  # Markup, a subclass, is our own HTML
+        finalize=lambda value: visible(value) if type(value) is str else value,  # Markup, a subclass, is our own HTML
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -137,7 +137,7 @@ class RewardSpec(Section):
     """One reward function."""
 
     function: str
-    """Built-in name, `FILE.py:function` or `module:function`."""
+    """Built-in name, `FILE.py:function` or `module:function`, with TRL's signature or verl's `compute_score`."""
     weight: Number = 1.0
     """Factor of this reward in the total."""
     name: str | None = None
@@ -147,7 +147,8 @@ class RewardSpec(Section):
 
 
 class RewardsConfig(Section):
-    """What is rewarded. The total is the weighted sum of the functions' values (None counts as not applicable)."""
+    """What is rewarded. The total is the weighted sum of the functions' values (None counts as not applicable). What
+    `gate`, `minimum` or `group_ranks` combine stands here too, with weight 0."""
 
     reward_funcs: list[RewardSpec] = Field(default_factory=list)
     """Functions: names, `FILE.py:function`, or mappings with function, weight, name, kwargs."""
@@ -155,6 +156,10 @@ class RewardsConfig(Section):
     """Weights in the order of `reward_funcs`, as in TRL; instead of a weight in each entry."""
     timeout: Annotated[float, Field(gt=0)] = 60.0
     """Seconds that one call of one reward function on a whole batch may take."""
+    on_missing: Literal["stop", "group_mean"] = "group_mean"
+    """A completion to which no reward applies (a judge's answer that cannot be read). group_mean: it gets its group's
+    mean, so that nothing is learned from it, and `rewards/missing` counts it; stop: the run ends. A batch without any
+    reward ends the run in both cases."""
 
     @field_validator("reward_funcs", mode="before")
     @classmethod
@@ -174,6 +179,23 @@ class RewardsConfig(Section):
             for spec, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
                 spec.weight = weight
             self.reward_weights = None
+        return self
+
+    @model_validator(mode="after")
+    def _combined_rewards_exist(self) -> RewardsConfig:
+        names = [spec.name or spec.function.rpartition(":")[2] for spec in self.reward_funcs]
+        for spec, own in zip(self.reward_funcs, names, strict=True):
+            if spec.function not in ("gate", "minimum", "group_ranks"):
+                continue
+            for key in ("first", "then", "of"):
+                value = spec.kwargs.get(key)
+                for part in value if isinstance(value, list) else [value] if value is not None else []:
+                    if part not in names or part == own:
+                        others = ", ".join(name for name in names if name != own)
+                        raise ValueError(
+                            f"reward {own!r} combines {part!r}, which is no other entry of reward_funcs "
+                            f"(these are {others or 'none'}): add it with weight 0"
+                        )
         return self
 
 
@@ -391,6 +413,28 @@ class CheckpointConfig(Section):
     """Every so many steps; 0: only at the end and when stopped."""
     save_total_limit: Positive | None = 2
     """Keep the newest so many; None: all."""
+
+
+class ParityConfig(Section):
+    """Whether engine and trainer compute the same policy: their log-probs of the same sampled tokens, compared in every
+    step (free of a forward pass, except for online_dpo) and logged as `parity/*`."""
+
+    action: Literal["stop", "warn", "off"] = "stop"
+    """Beyond a limit. stop: end the run with a checkpoint from before the step, and the likely causes; warn: say so and
+    go on; off: no comparison."""
+    check_steps: Positive = 10
+    """Hold the numbers against the limits every so many steps, beside the first of every start."""
+    max_mean: Annotated[Number, Field(gt=0)] | None = None
+    """Largest mean of |Δ log-prob|, nats per token; None: 0.001 in float32, 0.05 in bfloat16, 0.15 with an fp8 KV
+    cache."""
+    max_p99: Annotated[Number, Field(gt=0)] | None = None
+    """Largest 99th percentile of |Δ log-prob|, nats; None: 0.01 in float32, 0.5 in bfloat16, 1.5 with an fp8 KV
+    cache."""
+    min_token_ess: Fraction | None = None
+    """Smallest effective sample size of the tokens' importance ratios, as a share; None: 0.99 in float32, 0.8 in
+    bfloat16, 0.5 with an fp8 KV cache."""
+    min_sequence_ess: Fraction = 0.0
+    """The same for whole completions, whose ratios spread with their length also in sound runs; 0: no limit."""
 
 
 class WarmupConfig(Section):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from tandem.rl.metrics import Meter, rollout_metrics
 from tandem.rl.model import LanguageModel, with_sampling
 from tandem.rl.optim import apply_gradients, learning_rate
 from tandem.rl.packing import Pack, pack
+from tandem.rl.parity import ParityGate, Recorder
 from tandem.rl.policy_loss import policy_loss
 from tandem.rl.preference_loss import PreferenceOptions, needs_reference
 from tandem.rl.preference_step import (
@@ -49,6 +49,7 @@ from tandem.rl.step import (
     split_evenly,
     supervised_backward,
 )
+from tandem.rl.step_time import StepClock
 from tandem.rl.trackers import Trackers
 from tandem.rollout.engine import RolloutEngine
 
@@ -102,20 +103,14 @@ class Trainer:
         self._optimizer, self._parameters = optimizer, trainable(lm)
         self._state, self._trackers, self._console, self._should_stop = state, trackers, console, should_stop
         rollout = config.rollout
-        self._head = with_sampling(
-            lm.head,
-            temperature=rollout.temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            chunk_size=config.train.logprob_chunk_size,
-        )
-        self._plain_head = with_sampling(
-            lm.head, temperature=1.0, top_k=0, top_p=1.0, chunk_size=config.train.logprob_chunk_size
-        )
+        sampled = partial(with_sampling, lm.head, chunk_size=config.train.logprob_chunk_size)
+        self._head = sampled(temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p)
+        self._plain_head = sampled(temperature=1.0, top_k=0, top_p=1.0)
         self._max_tokens = config.train.max_tokens or (16384 if lm.device.type == "cuda" else 4096)
         self._sampler = PromptSampler(data.num_rows, seed=config.seed, shuffle=config.data.shuffle_dataset)
         self._preferences = PreferenceOptions(**config.preference.model_dump(exclude={"loss_type"}))
-        self._seconds: dict[str, float] = {}
+        self._clock = StepClock(torch.cuda.synchronize if lm.device.type == "cuda" else None, on_part=console.part)
+        self._parity = ParityGate(lm, config, self._head, engine=engine.name)
         self.total_steps = total_steps(config, data.num_rows)
         judge.max_steps = self.total_steps
 
@@ -136,16 +131,20 @@ class Trainer:
             "dpo": self._preference_iteration,
             "sft": self._supervised_iteration,
         }[config.algorithm.name]
+        self._clock.lap()
         while state.step < self.total_steps and not distributed.any_rank(self._should_stop()):
             before = state.step
             metrics = self._timed(iteration)
             if self._due(before, config.log.logging_steps) or state.step >= self.total_steps:
-                self._trackers.log(state.step, metrics)
-                self._console.step(state.step, metrics)
+                with self._clock.part("log"):
+                    self._trackers.log(state.step, metrics)
+                    self._console.step(state.step, metrics)
             if config.eval.eval_steps and self._due(before, config.eval.eval_steps):
-                self._evaluate()
+                with self._clock.part("evaluate"):
+                    self._evaluate()
             if config.checkpoint.save_steps and self._due(before, config.checkpoint.save_steps):
-                self._save()
+                with self._clock.part("checkpoint"):
+                    self._save()
         self._console.stop()
         finished = state.step >= self.total_steps
         if finished and state.step not in state.scores:
@@ -184,14 +183,16 @@ class Trainer:
         config, algorithm, meter = self._config, self._config.algorithm, Meter()
         rows, measured = self._rollout()
         batch = policy_batch(rows, mask_truncated=algorithm.mask_truncated_completions)
-        with self._clock("log_probs"):
+        with self._clock.part("log_probs", device=True):
             batch = self._with_stored_log_probs(batch)
         rows = with_advantages(rows, config, kl_penalties(batch, algorithm))
         batch.advantages = [row.advantage for row in rows]
+        if batch.old_log_probs is not None:
+            measured |= self._compared(batch, batch.old_log_probs, rows)
         if algorithm.drop_uniform_groups:
             batch = batch.subset(signal_indices(rows, config))
         for part in self._updates(batch):
-            self._policy_update(part, meter)
+            measured |= self._policy_update(part, meter, rows)
         self._finish_rollout(rows)
         return measured | self._merged(meter)
 
@@ -199,8 +200,9 @@ class Trainer:
         """One rollout batch and one step of preference tuning on the best and the worst of every group."""
         meter = Meter()
         rows, measured = self._rollout()
+        measured |= self._compared_apart(rows)
         answers = best_and_worst(rows, self._config.rollout.num_generations)
-        with self._clock("log_probs"):
+        with self._clock.part("log_probs", device=True):
             if answers.sequences and needs_reference(self._config.preference.loss_type):
                 answers.ref_log_probs = self._reference(answers.sequences)
         self._preference_update(answers, meter)
@@ -213,11 +215,13 @@ class Trainer:
         prompts = [self._data.prompts[i] for i in self._sampler.take(state.position, config.prompts_per_rollout)]
         sampling = training_sampling(config, self._stop_token_ids, config.seed * 1_000_003 + state.position)
         own = [prompt for i, prompt in enumerate(prompts) if distributed.owned(i)]
-        with self._clock("generate"):
+        with self._clock.part("wake"):
             self._engine.wake()
+        with self._clock.part("generate"):
             groups = self._engine.generate(own, sampling)
+        with self._clock.part("sleep", device=True):
             self._engine.sleep()
-        with self._clock("reward"):
+        with self._clock.part("reward"):
             scores = self._judge(groups, state.step)
         rows = in_order(distributed.gather(scores.rows), config.rollout.num_generations)
         state.position += len(prompts)
@@ -231,13 +235,14 @@ class Trainer:
     def _finish_rollout(self, rows: list[Scored]) -> None:
         """Hand the new adapter to the engine and keep the completions that it was learned from."""
         config, state = self._config, self._state
-        with self._clock("hand_over"):
+        with self._clock.part("adapter", device=True):
             self._engine.load_adapter(state.step)
         state.num_tokens += sum(len(r.prompt.ids) + len(r.completion.ids) for r in rows)
-        if config.log.log_completions and distributed.is_main():
-            write_rollouts(self._run_dir, state.step, rows)
-            self._trackers.completions(state.step, rows)
-        self._console.print_completions(rows, config.log.num_completions_to_print)
+        with self._clock.part("log"):
+            if config.log.log_completions and distributed.is_main():
+                write_rollouts(self._run_dir, state.step, rows)
+                self._trackers.completions(state.step, rows)
+            self._console.print_completions(rows, config.log.num_completions_to_print)
 
     def _updates(self, batch: PolicyBatch) -> Iterator[PolicyBatch]:
         """The optimiser batches of a rollout batch; the run's last one may hold more than there are steps left."""
@@ -247,10 +252,12 @@ class Trainer:
                 if self._state.step < self.total_steps:
                     yield part
 
-    def _policy_update(self, batch: PolicyBatch, meter: Meter) -> None:
+    def _policy_update(self, batch: PolicyBatch, meter: Meter, rows: list[Scored]) -> dict[str, float]:
+        """One optimiser step; returns how far engine and trainer are apart, where this step is the first to know."""
         config = self._config
-        packs = self._own_packs(batch)
-        with self._clock("backward"):
+        recorder = Recorder(self._objective)
+        with self._clock.part("backward", device=True):
+            packs = self._own_packs(batch)
             policy_backward(
                 self._lm,
                 packs,
@@ -259,10 +266,47 @@ class Trainer:
                 self._head,
                 meter,
                 max_completion_length=config.rollout.max_completion_length,
-                objective=self._objective,
+                objective=recorder,
             )
+        measured: dict[str, float] = {}
+        if batch.old_log_probs is None:
+            own = recorder.by_sequence(packs, len(batch.sequences), self._lm.device)
+            measured = self._compared(batch, distributed.merge(own), rows)
         self._state.step += 1
         self._update(learning_rate(self._state.step - 1, self.total_steps, config.optim), meter)
+        return measured
+
+    def _compared(self, batch: PolicyBatch, own: list[torch.Tensor], rows: list[Scored]) -> dict[str, float]:
+        """How far engine and trainer are apart on a rollout that was not learned from yet.
+
+        Raises:
+            ParityError: too far. A checkpoint from before the rollout and the rollout itself are kept.
+        """
+        config, step = self._config, self._state.step
+        stop = config.parity.action == "stop"
+        kept = f"A checkpoint from before this step is kept: rl-train resume {self._run_dir}. " if stop else ""
+        with self._clock.part("parity"):
+            result = self._parity.compare(batch, own, step=step, place=f"at step {step + 1}", kept=kept)
+        if result.failure is not None:
+            if stop:
+                self._state.position -= config.prompts_per_rollout
+                if distributed.is_main():
+                    write_rollouts(self._run_dir, step + 1, rows)
+                self._save()
+                raise result.failure
+            self._console.warn(str(result.failure))
+        return result.metrics
+
+    def _compared_apart(self, rows: list[Scored]) -> dict[str, float]:
+        """The same where the step has no use for the log-probs: due steps compute them for this alone."""
+        step = self._state.step
+        if not self._parity.due(step):
+            return {}
+        batch = policy_batch(rows, mask_truncated=False)
+        with self._clock.part("parity"):
+            own, _ = sequence_log_probs(self._lm, self._own_packs(batch), len(batch.sequences), self._head)
+        metrics = self._compared(batch, distributed.merge(own), rows)
+        return metrics if self._parity.regular(step) else {}
 
     def _with_stored_log_probs(self, batch: PolicyBatch) -> PolicyBatch:
         """Log-probs of the policy at rollout time, where later steps need them, and of the reference policy."""
@@ -304,7 +348,7 @@ class Trainer:
     def _preference_update(self, answers: Answers, meter: Meter) -> None:
         config, state = self._config, self._state
         if answers.sequences:
-            with self._clock("backward"):
+            with self._clock.part("backward", device=True):
                 preference_backward(
                     self._lm,
                     answers,
@@ -343,7 +387,7 @@ class Trainer:
         return self._merged(meter)
 
     def _supervised_update(self, examples: list[Sequence], rate: float, meter: Meter) -> None:
-        with self._clock("backward"):
+        with self._clock.part("backward", device=True):
             supervised_backward(
                 self._lm,
                 pack(distributed.share(examples, 1), self._max_tokens),
@@ -366,7 +410,7 @@ class Trainer:
         return whole.result()
 
     def _update(self, rate: float, meter: Meter) -> None:
-        with self._clock("optimizer"):
+        with self._clock.part("optimizer", device=True):
             norm = apply_gradients(
                 self._optimizer, self._parameters, rate=rate, max_grad_norm=self._config.optim.max_grad_norm
             )
@@ -421,28 +465,19 @@ class Trainer:
         return self._state.step // every > before // every
 
     def _timed(self, iteration: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """The iteration's metrics with its time, whole and by part, and its tokens per second."""
-        self._seconds, tokens, started = {}, self._state.num_tokens, time.perf_counter()
+        """The iteration's metrics with its tokens per second, and the time since the last record, whole and by part."""
+        tokens, started = self._state.num_tokens, time.perf_counter()
         metrics = iteration()
         elapsed = time.perf_counter() - started
         self._state.seconds += elapsed
         metrics["num_tokens"] = float(self._state.num_tokens)
-        metrics["step_time"] = elapsed
         metrics["perf/throughput"] = (self._state.num_tokens - tokens) / elapsed
-        metrics |= {f"timing_s/{name}": seconds for name, seconds in self._seconds.items()}
+        parts = self._clock.lap()
+        metrics["step_time"] = math.fsum(parts.values())
+        metrics |= {f"time/{name}": seconds for name, seconds in parts.items()}
         if self._lm.device.type == "cuda":
             metrics["perf/max_memory_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return metrics
-
-    @contextmanager
-    def _clock(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self._lm.device.type == "cuda":
-                torch.cuda.synchronize()
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def total_steps(config: Config, num_rows: int) -> int:

@@ -1,0 +1,161 @@
+"""What one change of a config would buy, and which changes make a plan fit that does not: each one planned anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tandem.rl.config import Config
+from tandem.rl.plan import MAX_TOKENS, Ledger, Phase, ledger
+from tandem.rl.plan_devices import DEVICES, Device
+
+# Changes that shorten what is planned for, and those that cost quality.
+_SHORTER = ("rollout.max_completion_length", "model.max_length")
+_DEAR = (*_SHORTER, "lora.r", "model.load_in_4bit")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of the config, and what becomes of the plan with it."""
+
+    setting: str
+    fits: bool
+    longest: int
+    in_flight: int
+    training: int
+    rollout: int
+    seconds: float
+
+
+def candidates(plan: Ledger) -> list[tuple[str, dict[str, Any]]]:
+    """Single changes of the config worth a try, from the cheapest to the dearest, as (setting, {section: {key: …}})."""
+    config, setup = plan.config, plan.setup
+    train, rollout = config.train, config.rollout
+    found: list[tuple[str, str, Any]] = []
+    if setup.fused:
+        kv = plan.shape.kv_heads
+        if train.mlp_tile_rows > 512:
+            found.append(("train", "mlp_tile_rows", train.mlp_tile_rows // 2))
+        if plan.peak_pack.groups < kv:
+            found.append(("train", "kv_head_groups", kv))
+        if train.offload_activations is False:
+            found.append(("train", "offload_activations", True))
+        if train.attention_memory != "recompute" and plan.peak_pack.saves:
+            found.append(("train", "attention_memory", "recompute"))
+    elif plan.shape.projections is not None and config.lora.lora_dropout == 0:
+        found.append(("train", "fused_layers", True))
+    elif train.gradient_checkpointing is False:
+        found.append(("train", "gradient_checkpointing", True))
+    if train.logprob_chunk_size > 128:
+        found.append(("train", "logprob_chunk_size", train.logprob_chunk_size // 2))
+    if config.optim.optim == "adamw_torch":
+        found += [("optim", "optim", "adamw_8bit"), ("optim", "optim", "paged_adamw_8bit")]
+    if (limit := train.max_tokens or MAX_TOKENS) > plan.work.length and plan.pack > plan.work.length:
+        found.append(("train", "max_tokens", max(limit // 2, plan.work.length)))
+        found.append(("train", "max_tokens", plan.work.length))
+    if plan.work.generates:
+        if setup.vllm and rollout.kv_cache_dtype != "fp8":
+            found.append(("rollout", "kv_cache_dtype", "fp8"))
+        if setup.vllm and not rollout.enforce_eager:
+            found.append(("rollout", "enforce_eager", True))
+        if plan.work.in_flight > 1:
+            found.append(("rollout", "max_in_flight", plan.work.in_flight // 2))
+            if 0 < plan.in_flight < plan.work.in_flight // 2:
+                found.append(("rollout", "max_in_flight", plan.in_flight))
+    if setup.format == "dense" and not plan.shape.quantised:
+        found.append(("model", "load_in_4bit", True))
+    if config.lora.r > 1 and not config.lora.init_from:
+        found.append(("lora", "r", config.lora.r // 2))
+    if plan.work.generates and rollout.max_completion_length > 1:
+        found.append(("rollout", "max_completion_length", rollout.max_completion_length // 2))
+    elif config.data.max_prompt_length or plan.config.model.max_length:
+        found.append(("model", "max_length", plan.work.length // 2))
+    return [(f"{s}.{k}={_written(v)}", {s: {k: v}}) for s, k, v in found]
+
+
+def changed(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
+    """The config with some values replaced."""
+    sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
+    return config.model_copy(update=sections)
+
+
+def try_changes(plan: Ledger) -> list[Change]:
+    """Every single change, the one that buys most first: whether all fits, then length, then sequences at once, then
+    memory. A shorter completion is no gain in length, so it comes only where nothing else fits."""
+    tried = [_tried(plan, name, changes) for name, changes in candidates(plan)]
+    kept = [one for one in tried if plan.fits() or one.fits or not _shortens(one.setting)]
+    now = plan.training().bytes + _bytes(plan.rollout())
+    return sorted(
+        (one for one in kept if not (plan.fits() and _shortens(one.setting))),
+        key=lambda one: (not one.fits, -one.longest, -one.in_flight, one.training + one.rollout - now),
+    )
+
+
+def smallest_change(plan: Ledger) -> list[str]:
+    """Settings that make a plan fit that does not: the first single change that does, in the order of what it costs, or
+    several, each halving something, until it fits. Empty where nothing helps."""
+    for name, changes in candidates(plan):
+        if _tried(plan, name, changes).fits:
+            return [name]
+    # First without those that cost quality: a shorter answer, a lower rank, weights in 4 bits.
+    for dear in (False, True):
+        if settings := _halved(plan, dear=dear):
+            return settings
+    return []
+
+
+def _halved(plan: Ledger, *, dear: bool) -> list[str]:
+    """Changes one after the other, each the one that helps most."""
+    settings: dict[str, str] = {}
+    while not plan.fits():
+        options = [one for one in candidates(plan) if dear or not one[0].startswith(_DEAR)]
+        after = [(name, ledger(plan.shape, changed(plan.config, change), plan.device)) for name, change in options]
+        name, best = min(after, key=lambda one: _need(one[1]), default=("", plan))
+        if _need(best) >= _need(plan):
+            return []
+        settings[name.partition("=")[0]] = name
+        plan = best
+    return list(settings.values())
+
+
+def smallest_card(plan: Ledger) -> Device | None:
+    """The card of least memory on which the plan fits as it is."""
+    cards = sorted(DEVICES.values(), key=lambda one: one.memory_gib)
+    with_host = (replace(card, host_gib=plan.device.host_gib) for card in cards)
+    return next((card for card in with_host if ledger(plan.shape, plan.config, card).fits()), None)
+
+
+def _tried(plan: Ledger, name: str, changes: dict[str, dict[str, Any]]) -> Change:
+    after = ledger(plan.shape, changed(plan.config, changes), plan.device)
+    return Change(
+        setting=name,
+        fits=after.fits(),
+        longest=after.longest,
+        in_flight=after.in_flight,
+        training=after.training().bytes,
+        rollout=_bytes(after.rollout()),
+        seconds=sum(after.seconds.values()),
+    )
+
+
+def _need(plan: Ledger) -> float:
+    """Memory above the card's and the host's, in bytes, over both phases; where there is none, tokens too many."""
+    device = plan.device
+    over = [plan.training().bytes - device.memory, _bytes(plan.rollout()) - device.memory]
+    if device.host is not None:
+        over.append(sum(plan.host.values()) - device.host)
+    missing = sum(max(one, 0) for one in over)
+    # The search for the longest takes time, and says nothing new while memory is short.
+    return missing or max(0, plan.work.length - plan.longest)
+
+
+def _bytes(phase: Phase | None) -> int:
+    return 0 if phase is None else phase.bytes
+
+
+def _shortens(setting: str) -> bool:
+    return setting.startswith(_SHORTER)
+
+
+def _written(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,204 @@
+"""`rl-train plan`: what a run needs, what fits, what one change would buy, and how long a step takes. Loads nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tandem.rl.config import Config
+from tandem.rl.console import Console
+from tandem.rl.errors import UserError
+from tandem.rl.plan import Ledger, ledger
+from tandem.rl.plan_changes import Change, smallest_card, smallest_change, try_changes
+from tandem.rl.plan_devices import GIB, Device, find_device, local_device
+from tandem.rl.plan_shape import read_shape
+
+_SHOWN_CHANGES = 6
+
+
+def plan(config: Config, *, gpu: str | None, host_gib: float | None, as_json: bool, console: Console) -> Ledger:
+    """Print the plan of a run on a card: the one named, or the one that is here.
+
+    Raises:
+        UserError: the card is unknown, or the model's config cannot be read.
+    """
+    device = _device(gpu, host_gib)
+    made = ledger(read_shape(config.model), config, device)
+    if as_json:
+        print(json.dumps(as_dict(made), indent=1))
+        return made
+    show(made, console)
+    return made
+
+
+def as_dict(plan: Ledger) -> dict[str, Any]:
+    """Everything in the plan as plain values: bytes, tokens, seconds."""
+    rollout = plan.rollout()
+    return {
+        "device": {
+            "name": plan.device.name,
+            "memory": plan.device.memory,
+            "host_memory": plan.device.host,
+        },
+        "model": {"name": plan.config.model.model_name_or_path, "type": plan.shape.model_type},
+        "fits": plan.fits(),
+        "sequence": {
+            "prompt": plan.work.prompt,
+            "completion": plan.work.completion,
+            "prompt_is_assumed": plan.assumed,
+        },
+        "pack_tokens": plan.pack,
+        "memory": {
+            "rollout": None if rollout is None else rollout.items,
+            "training": plan.training().items,
+            "training_moment": plan.peak_pack.moment,
+            "host": plan.host,
+            "kv_bytes_per_token": plan.kv_bytes_per_token if plan.work.generates else None,
+        },
+        "longest": plan.longest,
+        "limits": plan.limits,
+        "binding": plan.binding,
+        "in_flight": {"wanted": plan.work.in_flight, "fits": plan.in_flight} if plan.work.generates else None,
+        "seconds": plan.seconds,
+        "changes": [vars(change) for change in try_changes(plan)],
+        "smallest_change": [] if plan.fits() else smallest_change(plan),
+    }
+
+
+def show(plan: Ledger, console: Console) -> None:
+    """The plan as tables, and in a sentence whether it fits."""
+    console.note(_subject(plan))
+    console.table("Device memory, GiB", _memory_rows(plan), ("", "rollout", "training"))
+    console.note(f"The peak of training is at: {plan.peak_pack.moment}, with a pack of {plan.pack:,} tokens.")
+    console.table("What fits", _limit_rows(plan))
+    console.table(
+        f"Seconds a step, estimated (all sequences of full length; {plan.work.learned:,} to learn from)",
+        _second_rows(plan),
+        ("", "seconds", "share"),
+    )
+    changes = try_changes(plan)
+    if changes:
+        header = ("", "fits", "longest sequence", "at once", "peak, GiB", "seconds")
+        now = Change(
+            "as it is", plan.fits(), plan.longest, plan.in_flight, plan.training().bytes, _rollout(plan), _total(plan)
+        )
+        rows = [_change_row(change, plan) for change in (now, *changes[:_SHOWN_CHANGES])]
+        console.table("What one change would buy", rows, header)
+    console.note(_verdict(plan))
+
+
+def _device(gpu: str | None, host_gib: float | None) -> Device:
+    import psutil
+
+    if host_gib is not None and host_gib < 0:
+        raise UserError(f"--host-gib is {host_gib:g}", fix="give the machine's memory in GiB")
+    host = psutil.virtual_memory().total / GIB if host_gib is None else host_gib
+    return local_device(host_gib=host) if gpu is None else find_device(gpu, host_gib=host)
+
+
+def _subject(plan: Ledger) -> str:
+    shape, setup, work = plan.shape, plan.setup, plan.work
+    how = "fused layers" if setup.fused else "recomputed layers" if setup.checkpointed else "whole autograd graph"
+    guess = " (a guess: set data.max_prompt_length)" if plan.assumed else ""
+    engine = f", {'vllm' if setup.vllm else 'transformers'} engine" if work.generates else ""
+    host = "" if plan.device.host_gib is None else f", {plan.device.host_gib:.0f} GiB of host memory"
+    return "\n".join(
+        (
+            f"{plan.config.model.model_name_or_path}: {shape.model_type}, {shape.layers} layers, "
+            f"{shape.weights / 1e9:.2f} B weights, LoRA rank "
+            f"{setup.adapter.rank} on {len(setup.adapter.targets)} layers, {how}{engine}",
+            f"{plan.device.name}: {plan.device.memory_gib:.1f} GiB{host}",
+            f"planned for {work.prompt:,} prompt tokens{guess} and {work.completion:,} of completion, "
+            f"{work.sequences:,} sequences a step",
+        )
+    )
+
+
+def _memory_rows(plan: Ledger) -> list[tuple[str, str, str]]:
+    rollout = plan.rollout()
+    first = {} if rollout is None else rollout.items
+    second = plan.training().items
+    # What both have comes first, then what only one has.
+    names = sorted(
+        {**first, **second}, key=lambda n: ((n in first) + (n in second) < 2, n in second and n not in first)
+    )
+    names = [n for n in names if n != "allocator's reserve"] + ["allocator's reserve"]
+    rows = [(name, _gib(first.get(name)), _gib(second.get(name))) for name in names]
+    rows.append(("all", _gib(None if rollout is None else rollout.bytes), _gib(plan.training().bytes)))
+    rows.append(("of", *(f"{plan.device.memory_gib:.2f}",) * 2))
+    for name, size in plan.host.items():
+        rows.append((f"host memory: {name}", "", _gib(size)))
+    return rows
+
+
+def _limit_rows(plan: Ledger) -> list[tuple[str, str]]:
+    rows = [("longest prompt + completion", f"{plan.longest:,} tokens, limited by {plan.binding}")]
+    rows += [(f"  by {name}", f"{tokens:,}") for name, tokens in plan.limits.items()]
+    if plan.work.generates:
+        rows.append(
+            (
+                f"sequences of {plan.work.length:,} at once",
+                f"{plan.in_flight:,} fit, {plan.work.in_flight:,} are wanted",
+            )
+        )
+        rows.append(("KV cache of a token", f"{plan.kv_bytes_per_token / 1024:.0f} KiB"))
+    return rows
+
+
+def _second_rows(plan: Ledger) -> list[tuple[str, str, str]]:
+    total = _total(plan)
+    rows = [(name, _seconds(value), f"{value / total:.0%}") for name, value in plan.seconds.items()]
+    return [*rows, ("all", _seconds(total), "")]
+
+
+def _change_row(change: Change, plan: Ledger) -> tuple[str, ...]:
+    at_once = f"{change.in_flight:,}" if plan.work.generates else ""
+    peak = _gib(max(change.training, change.rollout))
+    return (
+        change.setting, "yes" if change.fits else "no", f"{change.longest:,}", at_once, peak, _seconds(change.seconds)
+    )  # fmt: skip
+
+
+def _verdict(plan: Ledger) -> str:
+    if plan.fits():
+        slow = max(plan.seconds, key=lambda name: plan.seconds[name])
+        text = f"It fits. {plan.binding[0].upper()}{plan.binding[1:]} is the first limit; most time goes to {slow}."
+        if plan.work.generates and plan.setup.vllm and plan.in_flight < plan.work.in_flight:
+            text += f" Only {plan.in_flight:,} sequences are made at once, so that others wait."
+        return text
+    reason = _reason(plan)
+    if settings := smallest_change(plan):
+        return f"It does not fit: {reason}. The smallest change that makes it fit: {' '.join(settings)}"
+    card = smallest_card(plan)
+    bigger = f"; the smallest card that it fits as it is: {card.name}" if card else ""
+    return f"It does not fit: {reason}. No change that was tried makes it fit{bigger}."
+
+
+def _reason(plan: Ledger) -> str:
+    device = plan.device
+    if plan.work.length > (limit := plan.limits["the model's context"]):
+        return f"sequences of {plan.work.length:,} tokens are longer than the model's {limit:,}"
+    if (need := plan.training().bytes) > device.memory:
+        return f"training needs {_gib(need)} GiB of {device.memory_gib:.1f}"
+    if (need := _rollout(plan)) > device.memory:
+        return f"the rollout needs {_gib(need)} GiB of {device.memory_gib:.1f}"
+    if device.host is not None and (need := sum(plan.host.values())) > device.host:
+        return f"host memory of {_gib(need)} GiB is needed, of {device.host_gib:.1f}"
+    return f"{plan.binding} lets {plan.longest:,} tokens through, and {plan.work.length:,} are planned for"
+
+
+def _rollout(plan: Ledger) -> int:
+    phase = plan.rollout()
+    return 0 if phase is None else phase.bytes
+
+
+def _total(plan: Ledger) -> float:
+    return sum(plan.seconds.values())
+
+
+def _gib(size: int | None) -> str:
+    return "" if size is None else f"{size / GIB:.2f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value < 10 else f"{value:.1f}"

@@ -1,0 +1,426 @@
+"""Bytes of a run, by arithmetic: weights, adapter, optimiser, KV cache, and what a pack takes in training.
+
+What a pack takes follows the allocations of the code that runs it, moment by moment: a decoder layer forward, the head,
+the three stages of a layer's backward pass (`rl/layer_run.py`), each with all that is alive beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from tandem.rl.checkpoint_offload import STAYS_ON_DEVICE
+from tandem.rl.config import Config
+from tandem.rl.fused_layer import Plan
+from tandem.rl.layer_run import _LATE
+from tandem.rl.offload import _DEVICE_SHARE, _HOST_SHARE, BLOCK_BYTES
+from tandem.rl.plan_devices import GIB, Device
+from tandem.rl.plan_shape import AdapterShape, Linear, ModelShape, Projections, adapter_shape
+
+# Beside torch's allocator, measured on an H100: a bare CUDA context, and the kernels that libraries load into it.
+CONTEXT, LIBRARIES = GIB // 2, int(0.33 * GIB)
+# Inside it: workspaces of cuBLAS and cuDNN, norms in several types, and other things of no size.
+WORKSPACE = int(0.12 * GIB)
+# vLLM beside weights, adapter and KV cache: graphs, activations of a prefill, logits of a batch; without graphs less.
+VLLM_HEADROOM, VLLM_GRAPHS = 2 * GIB, 1 * GIB
+# Of what is allocated, reserved above it (measured: 0.7% with expandable segments).
+FRAGMENTATION = 0.02
+# Ids, positions, rows, targets, log-probs, weights, advantages of a token: int64 and float64 for the most part.
+_TOKEN_BYTES = 160
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_MODEST_MOMENTS, _BLOCK_8BIT = 4096, 256
+
+Items = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What of a config decides about memory, resolved for a GPU.
+
+    Attributes:
+        width: bytes of an activation. format: of the linear layers' weights.
+        fused: layers with a hand-written backward pass; checkpointed: the model's own, recomputed; neither: kept whole.
+        offload, attention, plan: as the config says; None and auto follow from the pack.
+        restricted: log-probs of a nucleus, which are sorted.
+        vllm: the engine that rollouts go through.
+    """
+
+    shape: ModelShape
+    adapter: AdapterShape
+    width: int
+    format: Literal["nf4", "int4", "dense"]
+    optim: str
+    chunk: int
+    fused: bool
+    checkpointed: bool
+    offload: bool | None
+    plan: Plan
+    restricted: bool
+    vllm: bool
+    kv_width: int
+    eager: bool
+
+
+def setup_of(shape: ModelShape, config: Config) -> Setup:
+    """See `Setup`."""
+    train, model, rollout = config.train, config.model, config.rollout
+    width = 4 if model.dtype == "float32" else 2
+    vllm = config.uses_rollouts and rollout.engine == "vllm"
+    fused = shape.projections is not None if train.fused_layers is None else train.fused_layers
+    fused = fused and shape.projections is not None and config.lora.lora_dropout == 0
+    stored = "nf4" if shape.quantised else "dense"
+    return Setup(
+        shape=shape,
+        adapter=adapter_shape(shape, config.lora),
+        width=width,
+        format=model.weight_format if model.load_in_4bit else stored,  # type: ignore[arg-type]
+        optim=config.optim.optim,
+        chunk=train.logprob_chunk_size,
+        fused=fused,
+        checkpointed=not fused and train.gradient_checkpointing is not False,
+        offload=train.offload_activations,
+        plan=Plan(train.mlp_tile_rows, train.kv_head_groups, train.attention_memory),
+        restricted=rollout.top_k > 0 or rollout.top_p < 1,
+        vllm=vllm,
+        kv_width=1 if vllm and rollout.kv_cache_dtype == "fp8" else width,
+        eager=rollout.enforce_eager,
+    )
+
+
+# --- what does not depend on the tokens -------------------------------------------------------------------------------
+
+
+def linear_bytes(one: Linear, form: str, width: int) -> int:
+    """One linear layer's frozen weight.
+
+    nf4: bitsandbytes' double quantisation, half a byte a weight, a byte for 64 weights, four bytes for 256 of these,
+    and two small tables. int4: Marlin's layout, two bytes for 32 weights.
+    """
+    if form == "nf4":
+        blocks = -(-one.elements // 64)
+        return -(-one.elements // 2) + blocks + 4 * -(-blocks // 256) + 4 * (256 + 16 + 1)
+    if form == "int4":
+        from tandem.kernels.int4_marlin import stored_rows
+
+        stored = stored_rows(one.rows, one.columns)
+        return stored * one.columns // 2 + stored * (one.columns // 32) * 2
+    return one.elements * width
+
+
+def weight_items(setup: Setup) -> Items:
+    """The frozen model."""
+    shape, width = setup.shape, setup.width
+    name = {"nf4": "linear layers, NF4", "int4": "linear layers, int4", "dense": "linear layers"}[setup.format]
+    return {
+        name: sum(linear_bytes(one, setup.format, width) for one in shape.linears),
+        "embedding and head" if not shape.tied else "embedding, also the head": width
+        * (shape.embedding + (0 if shape.tied else shape.head.elements)),
+        "norms, biases and other weights": shape.other * width,
+    }
+
+
+def adapter_bytes(adapter: AdapterShape) -> int:
+    """LoRA's weights, in float32; its gradients are as large."""
+    return 4 * adapter.elements
+
+
+def optimizer_bytes(adapter: AdapterShape, optim: str) -> tuple[int, int]:
+    """The state of AdamW on the device, and in memory that is paged: on the device or the host, as there is room."""
+    if optim == "adamw_torch":
+        return sum(8 * n + 4 for n in adapter.tensors), 0
+    if optim == "paged_adamw_32bit":
+        return 0, sum(8 * n for n in adapter.tensors)
+    moments = sum(8 * n if n < _MODEST_MOMENTS else 2 * (n + 4 * -(-n // _BLOCK_8BIT)) for n in adapter.tensors)
+    return (moments, 0) if optim == "adamw_8bit" else (0, moments)
+
+
+# --- KV cache ---------------------------------------------------------------------------------------------------------
+
+
+def kv_bytes(setup: Setup, tokens: int) -> int:
+    """Keys and values of one sequence of `tokens`. transformers keeps a window's layers short, vLLM is taken not to."""
+    shape = setup.shape
+    kept = (tokens if setup.vllm or w is None else min(tokens, w) for w in shape.windows)
+    return 2 * shape.kv_width * setup.kv_width * sum(kept)
+
+
+def rollout_items(setup: Setup, *, prompt: int, completion: int, in_flight: int, prompts: int) -> Items:
+    """The device during generation of `in_flight` sequences, beside weights, adapter and optimiser."""
+    shape, width, tokens = setup.shape, setup.width, prompt + completion
+    cache = in_flight * kv_bytes(setup, tokens)
+    if setup.vllm:
+        rank = next((r for r in _VLLM_RANKS if r >= setup.adapter.rank), setup.adapter.rank)
+        return {
+            "adapter's copy in the engine": setup.adapter.elements // setup.adapter.rank * rank * 2,
+            "KV cache": cache,
+            "engine's activations": VLLM_HEADROOM,
+            "CUDA graphs": 0 if setup.eager else VLLM_GRAPHS,
+        }
+    # A layer's cache is copied when a token joins it, and its keys and values are repeated for the query heads.
+    joined = in_flight * tokens * width * (shape.kv_width + 2 * shape.query_width)
+    prefill = prompts * prompt * (width * (3 * shape.hidden + 4 * shape.intermediate) + 8 * shape.hidden)
+    largest = max((one.elements for one in shape.linears), default=0) * width * (setup.format != "dense")
+    return {
+        "KV cache": cache,
+        "attention of a layer, prefill": max(joined, prefill) + largest,
+        "logits and their distribution": 4 * 4 * in_flight * shape.head.rows,
+    }
+
+
+# --- a pack in training -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A pack's own memory at its highest moment.
+
+    Attributes:
+        moment: which that is. items: what is alive, gradients of the adapter among it.
+        host: bytes of layer inputs in host memory. saves: attention's output is kept for the backward pass.
+        moments: bytes of all moments that were looked at.
+    """
+
+    moment: str
+    items: Items
+    host: int
+    saves: bool
+    groups: int
+    moments: Items
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.items.values())
+
+
+def pack_memory(setup: Setup, rows: int, *, accumulated: bool = True, device: Device | None = None) -> Pack:
+    """A pack of `rows` tokens, forward and backward, nearly all of them scored.
+
+    Args:
+        accumulated: gradients of an earlier pack of the same step are there already.
+        device: whose memory and host memory decide whether attention's output is kept; None: it is.
+    """
+    shape = setup.shape
+    hidden, attended = shape.hidden * setup.width, shape.query_heads * (shape.head_dim * setup.width + 4)
+    left = shape.layers * rows * (hidden + (attended if setup.fused else 0))
+    on_host = setup.offload if setup.offload is not None else left > STAYS_ON_DEVICE
+    on_host = on_host and (setup.fused or setup.checkpointed)
+    saves = setup.fused and _saves(setup, left, on_host, device)
+    kept = rows * (hidden + (attended if saves else 0))
+    if not (setup.fused or setup.checkpointed):
+        kept = rows * _autograd_bytes(setup)
+    groups = setup.plan.groups_for(rows, shape.kv_heads) if setup.fused else 1
+    view = _Moments(setup, rows, groups, on_host, saves, kept, accumulated)
+    moments = dict(view.fused() if setup.fused else view.plain())
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    return Pack(
+        moment=moment,
+        items={name: size for name, size in moments[moment].items() if size},
+        host=shape.layers * _host_blocks(setup, rows, saves) if on_host else 0,
+        saves=saves,
+        groups=groups,
+        moments={name: sum(items.values()) for name, items in moments.items()},
+    )
+
+
+def _host_blocks(setup: Setup, rows: int, saves: bool) -> int:
+    """Host memory of one layer: whole blocks for each tensor."""
+    shape = setup.shape
+    tensors = [rows * shape.hidden * setup.width]
+    if saves:
+        tensors += [rows * shape.query_width * setup.width, rows * shape.query_heads * 4]
+    return sum(-(-size // BLOCK_BYTES) * BLOCK_BYTES for size in tensors)
+
+
+def _saves(setup: Setup, left: int, on_host: bool, device: Device | None) -> bool:
+    if setup.plan.attention != "auto":
+        return setup.plan.attention == "save"
+    if device is None:
+        return True
+    if on_host:
+        return device.host is None or left <= _HOST_SHARE * device.host
+    free = device.memory - CONTEXT - LIBRARIES - WORKSPACE - sum(weight_items(setup).values())
+    return left <= _DEVICE_SHARE * (free - adapter_bytes(setup.adapter))
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Moments of a pack's two passes as (name, what is alive)."""
+
+    setup: Setup
+    rows: int
+    groups: int
+    on_host: bool
+    saves: bool
+    kept: int
+    accumulated: bool
+
+    def fused(self) -> Iterable[tuple[str, Items]]:
+        yield from self._head()
+        blocks, rank = self._blocks()
+        q, k, d, f, e, rows = self._sizes()
+        last = self._waiting(0)
+        stacked = q + 2 * k
+        weights = self._buffers(blocks.qkv)
+        raw = rows * e * (stacked + q + q // self.groups)
+        yield "forward, attention", last | {
+            "hidden states": rows * e * d, "queries, keys, values, attention": raw, "a layer's weights": weights,
+            "tile": min(rows, 2 * self.setup.plan.tile_rows) * e * (d + rank["qkv"]),
+        }  # fmt: skip
+        mlp = self._buffers(blocks.output) + self._buffers(blocks.gate_up) + self._buffers(blocks.down)
+        tile = q + rank["output"] + d + 3 * f + 2 * rank["gate_up"] + rank["down"]
+        yield "forward, MLP", last | {
+            "hidden states": 2 * rows * e * d, "queries, keys, values, attention": rows * e * q,
+            "a layer's weights": mlp, "tile": min(rows, 2 * self.setup.plan.tile_rows) * e * tile,
+        }  # fmt: skip
+        for number in sorted({0, self.setup.shape.layers - 1, max(self.setup.shape.layers - 2, 0)}):
+            yield from self._backward(number)
+
+    def _backward(self, number: int) -> Iterable[tuple[str, Items]]:
+        """Of the layer that is the `number`-th of the backward pass."""
+        blocks, rank = self._blocks()
+        q, k, d, f, e, rows = self._sizes()
+        heads, layers = self.setup.shape.query_heads, self.setup.shape.layers
+        tile_rows = min(rows, self.setup.plan.tile_rows)
+        label = f"backward of layer {layers - 1 - number}"
+        behind = self._left_behind(number)
+        common = {"hidden states and their gradients": 2 * rows * e * d}
+        attended = {"attention's output and its gradient": rows * (2 * e * q + 4 * heads)}
+        again = 0 if self.saves else self._buffers(blocks.qkv)
+        if not self.saves:
+            yield f"{label}, attention once more", behind | common | {
+                "queries, keys, values, attention": rows * e * (q + 2 * k + q + q // self.groups) + rows * 4 * heads,
+                "a layer's weights": again,
+            }  # fmt: skip
+        mlp = self._buffers(blocks.output) + self._buffers(blocks.gate_up) + self._buffers(blocks.down)
+        tile = 3 * d + q + rank["output"] + 3 * f + 2 * rank["gate_up"] + 2 * rank["down"]
+        yield f"{label}, MLP", behind | common | attended | {
+            "a layer's weights": again + mlp, "tile": tile_rows * e * tile,
+            "sums of the adapter's gradients": self._sums(blocks.output, blocks.gate_up, blocks.down),
+        }  # fmt: skip
+        early = self._returning(number) if rows < _LATE else 0
+        part = (q + k) + (q + 2 * k)
+        if self.groups > 1:
+            part += 2 * q  # attention's output and gradient lie apart by heads and are copied
+        # The kernels sum dQ in float32 and have dK and dV for every query head.
+        work = q * 4 + 2 * q * e if e == 2 else 2 * q * e
+        stack = {"queries, keys, values and their gradients": rows * e * (q + 2 * k + rank["qkv"])}
+        yield f"{label}, attention", behind | common | attended | stack | {
+            "a group's attention": rows * (e * part + work + 8 * heads) // self.groups,
+            "a layer's weights": self._buffers(blocks.qkv), "the next layer's, coming back": early,
+        }  # fmt: skip
+        yield f"{label}, projections", behind | common | stack | {
+            "a layer's weights": self._buffers(blocks.qkv), "tile": tile_rows * e * (2 * d + rank["qkv"]),
+            "the next layer's, coming back": self._returning(number),
+            "sums of the adapter's gradients": self._sums(blocks.qkv),
+        }  # fmt: skip
+
+    def plain(self) -> Iterable[tuple[str, Items]]:
+        yield from self._head()
+        layers = self.setup.shape.layers
+        widest = max(_layer_linears(self.setup), key=lambda one: one.elements, default=Linear("", 0, 0))
+        weight = widest.elements * self.setup.width * (self.setup.format != "dense")
+        d, e, rows = self.setup.shape.hidden, self.setup.width, self.rows
+        # Gradients of the widest activations, beside what autograd holds.
+        flow = rows * (4 * e * d + 3 * self.setup.shape.intermediate * max(e, 4))
+        for number in sorted({0, layers - 1, max(layers - 2, 0)}):
+            kept = rows * _autograd_bytes(self.setup) if self.setup.checkpointed else 0
+            yield f"backward of layer {layers - 1 - number}", self._left_behind(number) | {
+                "a layer's activations": kept, "gradients of activations": flow, "a weight, dequantised": weight,
+                "the next layer's, coming back": self._returning(number),
+            }  # fmt: skip
+
+    def _head(self) -> Iterable[tuple[str, Items]]:
+        d, e, rows, setup = self.setup.shape.hidden, self.setup.width, self.rows, self.setup
+        vocab, n = setup.shape.head.rows, min(self.rows, setup.chunk)
+        waiting = self._waiting(0)
+        sorting = 5 if setup.restricted else 0
+        adapted = setup.shape.head.name in setup.adapter.names
+        low = 6 * setup.adapter.rank * vocab if adapted else 0
+        yield "head, forward", waiting | {
+            "hidden states": 3 * rows * e * d, "logits of a chunk": 4 * n * vocab * (1 + sorting),
+        }  # fmt: skip
+        yield "head, backward", waiting | {
+            "hidden states": 3 * rows * e * d,
+            "logits of a chunk": n * vocab * (4 * (1 + sorting) + (e if e < 4 else 0)) + low,
+        }  # fmt: skip
+        yield "head's gradient to its rows", waiting | {"hidden states": 3 * rows * e * d + 40 * rows}
+
+    def _waiting(self, number: int) -> Items:
+        """Layers' inputs on the device between the passes, rope tables, and the like, but for gradients."""
+        shape, rows = self.setup.shape, self.rows
+        layers = shape.layers - number
+        near = min(layers, 1) if self.on_host else layers
+        tables = shape.rope_tables * 2 * rows * 4 * shape.head_dim if self.setup.fused else 0
+        gradients = adapter_bytes(self.setup.adapter) if self.accumulated else 0
+        return {
+            "layers' inputs for the backward pass": near * self.kept,
+            "positions, ids, log-probs": tables + _TOKEN_BYTES * rows,
+            "adapter's gradients": gradients,
+        }
+
+    def _left_behind(self, number: int) -> Items:
+        """Beside the layer that the backward pass is at: inputs of those before it, gradients of those behind it."""
+        items = self._waiting(number)
+        layers = self.setup.shape.layers
+        items["layers' inputs for the backward pass"] = 0 if self.on_host else (layers - number - 1) * self.kept
+        if not self.accumulated:
+            items["adapter's gradients"] = adapter_bytes(self.setup.adapter) * (number + 1) // layers
+        return items
+
+    def _returning(self, number: int) -> int:
+        return self.kept if self.on_host and number < self.setup.shape.layers - 1 else 0
+
+    def _sizes(self) -> tuple[int, int, int, int, int, int]:
+        shape = self.setup.shape
+        return (
+            shape.query_width, shape.kv_width, shape.hidden, shape.intermediate, self.setup.width, self.rows,
+        )  # fmt: skip
+
+    def _blocks(self) -> tuple[Projections, dict[str, int]]:
+        blocks = self.setup.shape.projections
+        assert blocks is not None, "the family has no fused layers"
+        of = self.setup.adapter.rank_of
+        return blocks, {name: of(getattr(blocks, name)) for name in ("qkv", "output", "gate_up", "down")}
+
+    def _buffers(self, block: tuple[Linear, ...]) -> int:
+        """A stacked weight in the compute type, with the adapters beside it."""
+        rank = self.setup.adapter.rank_of(block)
+        return (sum(one.rows for one in block) + rank) * (block[0].columns + rank) * self.setup.width
+
+    def _sums(self, *blocks: tuple[Linear, ...]) -> int:
+        """In float32, of a pack and, one block at a time, of a tile."""
+        sizes = [
+            4 * self.setup.adapter.rank_of(block) * (block[0].columns + sum(one.rows for one in block))
+            for block in blocks
+        ]
+        return sum(sizes) + max(sizes)
+
+
+def _layer_linears(setup: Setup) -> list[Linear]:
+    """Of an average layer: those of the first, as it is named."""
+    return [one for one in setup.shape.linears if ".layers.0." in f".{one.name}"] or list(setup.shape.linears[:7])
+
+
+def _autograd_bytes(setup: Setup) -> int:
+    """Per token, what autograd keeps of one layer of transformers' with peft's adapters.
+
+    Norms keep a float32 copy of their input; attention its rotated queries and keys, values, output and log-sum-exp;
+    the MLP gate, its activation, and up; each adapted projection a float32 copy of its input and the low-rank product.
+    Frozen weights make no product keep its input.
+    """
+    shape, e = setup.shape, setup.width
+    q, k = shape.query_width, shape.kv_width
+    norms = 2 * (4 * shape.hidden + 4)
+    if shape.head_norms:
+        norms += 4 * (q + k + shape.query_heads + shape.kv_heads)
+    attention = e * (2 * q + 2 * k) + 4 * shape.query_heads
+    mlp = 3 * shape.intermediate * e
+    adapted = setup.adapter.names
+    copies = sum(4 * (one.columns + setup.adapter.rank) for one in _layer_linears(setup) if one.name in adapted)
+    return norms + attention + mlp + copies
+
+
+def with_plan(setup: Setup, **changes: object) -> Setup:
+    """The same with other tiles, groups or attention."""
+    return replace(setup, plan=replace(setup.plan, **changes))  # type: ignore[arg-type]

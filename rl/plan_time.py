@@ -1,0 +1,148 @@
+"""Seconds of a step, estimated from a card's data sheet and a handful of measured efficiencies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tandem.rl.plan_devices import Device
+from tandem.rl.plan_memory import Pack, Setup, adapter_bytes, kv_bytes, linear_bytes, optimizer_bytes
+
+# Shares of the data sheet that are reached. The first two are what an H100 does in an update of Qwen3-8B's shape with
+# all that stands around its products (0.85 s at 8,192 tokens, 4.8 s at 32,768); the others are taken to be so.
+PRODUCTS, ATTENTION = 0.51, 0.53
+# transformers keeps what autograd wants and casts for the adapters: TRL's update takes 1.5 times as long.
+PLAIN = 0.36
+COPY, PCIE, DEQUANTISE = 0.7, 0.8, 0.6
+# Of memory's rate while decoding: bitsandbytes' products of a few rows, Marlin's, dense ones, and reading a KV cache.
+DECODE = {"nf4": 0.1, "int4": 0.6, "dense": 0.75}
+DECODE_PRODUCTS, DECODE_CACHE = 0.3, 0.6
+# Seconds that a layer costs the host at each token: transformers with peft in eager mode, vLLM with and without graphs.
+EAGER, VLLM_EAGER, GRAPHS = 1.0e-3, 2.5e-4, 2.5e-5
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step computes, every sequence being of the longest kind.
+
+    Attributes:
+        sequences, prompt, completion: how many, and of how many tokens; `prompts`: distinct ones.
+        learned: sequences that are learned from.
+        shared: a group's prompt is computed once.
+        generates: completions are sampled first. passes: forward passes for log-probs (old policy, reference).
+        iterations: how often the batch is learned from. updates: optimiser steps of it all.
+    """
+
+    sequences: int
+    learned: int
+    prompts: int
+    prompt: int
+    completion: int
+    shared: bool
+    generates: bool
+    in_flight: int
+    passes: int
+    iterations: int
+    updates: int
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.completion
+
+    @property
+    def tokens(self) -> int:
+        """That pass the model once for a gradient."""
+        prompts = self.prompts if self.shared else self.learned
+        return prompts * self.prompt + self.learned * self.completion
+
+
+def step_seconds(setup: Setup, work: Work, pack: Pack, rows: int, device: Device) -> dict[str, float]:
+    """Parts of a step: one rollout (where there is one) and all updates on it."""
+    parts: dict[str, float] = {}
+    if work.generates:
+        parts["rollout: prompts"] = _forward(setup, work.prompts * work.prompt, work.prompt, device)
+        parts["rollout: completions"] = _decode(setup, work, device)
+    once = _forward(setup, work.tokens, work.length, device) + _head(setup, work, device, products=1)
+    packs = max(1, -(-work.tokens // rows))
+    unpack = packs * _unpacked(setup, device)
+    if work.passes:
+        parts["log-probs"] = work.passes * (once + unpack)
+    forward = once + unpack
+    backward = _backward(setup, work, pack, device) + unpack
+    if pack.host:
+        # Copies run beside the computation and are waited for where they are slower.
+        copied = pack.host / rows * work.tokens / (device.pcie * 1e9 * PCIE)
+        forward, backward = max(forward, copied), max(backward, copied)
+    parts["update: forward"] = work.iterations * forward
+    parts["update: backward"] = work.iterations * backward
+    parts["optimiser"] = work.updates * _optimizer(setup, device)
+    return parts
+
+
+def _rate(setup: Setup, device: Device) -> float:
+    return device.tflops * 1e12 * (PRODUCTS if setup.fused else PLAIN)
+
+
+def _attention(setup: Setup, tokens: int, length: int) -> float:
+    """Operations of causal attention's forward pass."""
+    shape = setup.shape
+    seen = sum(length / 2 if w is None else min(length / 2, w) for w in shape.windows)
+    return 4 * shape.query_width * seen * tokens
+
+
+def _forward(setup: Setup, tokens: int, length: int, device: Device) -> float:
+    operations = 2 * tokens * (setup.shape.linear_elements + setup.adapter.elements)
+    attention = _attention(setup, tokens, length) / (device.tflops * 1e12 * ATTENTION)
+    return operations / _rate(setup, device) + attention
+
+
+def _head(setup: Setup, work: Work, device: Device, *, products: int) -> float:
+    return products * 2 * work.learned * work.completion * setup.shape.head.elements / _rate(setup, device)
+
+
+def _backward(setup: Setup, work: Work, pack: Pack, device: Device) -> float:
+    """Forward once more, gradients of activations, gradients of the adapter."""
+    shape = setup.shape
+    again = shape.linear_elements
+    if setup.fused and shape.projections is not None:
+        again -= shape.layers * sum(one.elements for one in shape.projections.down)  # whose output nobody needs
+    elif not setup.checkpointed:
+        again = 0
+    operations = 2 * work.tokens * (again + shape.linear_elements + 3 * setup.adapter.elements)
+    attention = 2.5 if pack.saves or not (setup.fused or setup.checkpointed) else 3.5
+    seconds = attention * _attention(setup, work.tokens, work.length) / (device.tflops * 1e12 * ATTENTION)
+    return operations / _rate(setup, device) + seconds + _head(setup, work, device, products=2)
+
+
+def _unpacked(setup: Setup, device: Device) -> float:
+    """All 4-bit weights written out once."""
+    if setup.format == "dense":
+        return 0.0
+    moved = sum(
+        linear_bytes(one, setup.format, setup.width) + one.elements * setup.width for one in setup.shape.linears
+    )
+    return moved / (device.bandwidth * 1e9 * DEQUANTISE)
+
+
+def _decode(setup: Setup, work: Work, device: Device) -> float:
+    """Token by token: weights and caches are read, or products computed, or the host waited for."""
+    shape, bandwidth = setup.shape, device.bandwidth * 1e9
+    at_once = min(work.in_flight, work.sequences)
+    weights = sum(linear_bytes(one, setup.format, setup.width) for one in shape.linears)
+    read = weights / (bandwidth * DECODE[setup.format]) + shape.head.elements * setup.width / (
+        bandwidth * DECODE["dense"]
+    )
+    operations = 2 * at_once * (shape.linear_elements + shape.head.elements)
+    products = operations / (device.tflops * 1e12 * DECODE_PRODUCTS)
+    cache = at_once * kv_bytes(setup, work.prompt + work.completion // 2) / (bandwidth * DECODE_CACHE)
+    if not setup.vllm:
+        cache *= 3  # every token copies the cache it joins
+    host = shape.layers * ((VLLM_EAGER if setup.eager else GRAPHS) if setup.vllm else EAGER)
+    waves = work.sequences / at_once if setup.vllm else -(-work.sequences // at_once)
+    return waves * work.completion * max(host, max(read, products) + cache)
+
+
+def _optimizer(setup: Setup, device: Device) -> float:
+    """Weights, gradients and moments are read and written once, and the gradients' norm taken before."""
+    on_device, paged = optimizer_bytes(setup.adapter, setup.optim)
+    moved = 4 * adapter_bytes(setup.adapter) + 2 * (on_device + paged)
+    return moved / (device.bandwidth * 1e9 * COPY)

@@ -1,0 +1,423 @@
+"""Engine against trainer: the statistics by hand, planted faults, and a run that stops on them and loses nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tandem.rl import commands
+from tandem.rl.checkpoint import latest_checkpoint, read_state
+from tandem.rl.config import Config, LoraConfig, ModelConfig, ParityConfig
+from tandem.rl.console import Console
+from tandem.rl.errors import UserError
+from tandem.rl.experience import policy_batch
+from tandem.rl.lora import attach_lora, trainable
+from tandem.rl.model import LanguageModel, load_model, load_tokenizer
+from tandem.rl.parity import Limits, ParityError, check_engine, difference, effective_share, log_prob_difference
+from tandem.rl.samples import Completion, Group, Prompt, Sampling, Scored
+from tandem.rollout.transformers_engine import TransformersEngine
+
+WORDS = ["<pad>", "</s>", *(f"w{i}" for i in range(2, 48))]
+Fault = Callable[[LanguageModel, list[Prompt], Sampling], list[Group]]
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_by_hand():
+    engine = [[-1.0, -2.0], [], [-0.5, -3.0]]
+    trainer = [torch.tensor([-1.1, -2.0]), torch.empty(0), torch.tensor([-0.1, -3.2])]
+    found = difference(engine, trainer)
+    assert found.mean == pytest.approx((0.1 + 0.0 + 0.4 + 0.2) / 4, abs=1e-6)
+    assert found.median == pytest.approx(0.2, abs=1e-6)
+    assert found.p99 == found.largest == pytest.approx(0.4, abs=1e-6)
+    assert (found.tokens, found.sequences) == (4, 2)
+    for shares, deltas in ((found.token_ess, [-0.1, 0.0, 0.4, -0.2]), (found.sequence_ess, [-0.1, 0.2])):
+        weights = [math.exp(d) for d in deltas]
+        assert shares == pytest.approx(sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights)), abs=1e-6)
+
+
+def test_effective_sample_size():
+    assert effective_share(torch.tensor([0.0, math.log(3)]).double()) == pytest.approx(0.8)
+    assert effective_share(torch.full((5,), 1000.0).double()) == pytest.approx(1.0)
+    assert effective_share(torch.tensor([1000.0, 0.0, 0.0, 0.0]).double()) == pytest.approx(0.25)
+
+
+def test_numbers_that_cannot_be_compared_are_refused():
+    group = Group(Prompt(0, [1], ""), [Completion([1, 2], [-1.0, -2.0], False)])
+    assert log_prob_difference([group], [torch.tensor([-1.0, -2.0])]).largest == 0
+    with pytest.raises(ValueError, match="completions and"):
+        log_prob_difference([group], [])
+    with pytest.raises(ValueError, match="from the trainer"):
+        log_prob_difference([group], [torch.tensor([-1.0])])
+    with pytest.raises(ValueError, match="1 are not finite"):
+        log_prob_difference([group], [torch.tensor([-1.0, -math.inf])])
+
+
+def test_limits_follow_the_type_unless_they_are_set():
+    strict, loose, fp8 = (
+        Limits.of(ParityConfig(), dtype, fp8_cache=cache)
+        for dtype, cache in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True))
+    )
+    assert strict.mean < loose.mean < fp8.mean
+    assert strict.p99 < loose.p99 < fp8.p99
+    assert strict.token_ess > loose.token_ess > fp8.token_ess
+    own = ParityConfig(max_mean=0.3, max_p99=2, min_token_ess=0.1, min_sequence_ess=0.2)
+    assert Limits.of(own, torch.float32, fp8_cache=False) == Limits(0.3, 2, 0.1, 0.2)
+    found = difference([[-1.0, -1.0]], [torch.tensor([-1.0, -2.0])])  # mean 0.5, p99 1, ESS of tokens 0.82
+    assert not Limits(0.51, 1.01, 0.8, 1.0).exceeded(found)
+    for limits, word in (
+        (Limits(0.49, 1.01, 0.8), "mean"),
+        (Limits(0.51, 0.99, 0.8), "p99"),
+        (Limits(1, 1, 0.9), "tok"),
+    ):
+        (text,) = limits.exceeded(found)
+        assert word in text
+
+
+# --- planted faults ---------------------------------------------------------------------------------------------------
+
+
+def write_model(path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(shape).save_pretrained(path)
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("parity")
+    write_model(folder / "model")
+    (folder / "rewards.py").write_text(
+        "def low(completions, **_):\n    return [float(c.count('w1')) for c in completions]\n"
+    )
+    rows = [{"prompt": f"w{i} w{i + 1}"} for i in range(2, 10)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def lm(place: Path) -> LanguageModel:
+    config = ModelConfig(model_name_or_path=str(place / "model"), device="cpu")
+    loaded = load_model(config, load_tokenizer(config))
+    attach_lora(loaded, LoraConfig(r=4), seed=0)
+    move(loaded, seed=1)
+    return loaded
+
+
+def move(lm: LanguageModel, *, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in trainable(lm):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def with_log_probs(groups: list[Group], change: Callable[[list[float]], list[float]]) -> list[Group]:
+    return [
+        Group(g.prompt, [Completion(c.ids, change(c.log_probs), c.truncated) for c in g.completions]) for g in groups
+    ]
+
+
+def sound(lm: LanguageModel, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+    return TransformersEngine(lm).generate(prompts, sampling)
+
+
+def hot(lm: LanguageModel, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+    """Draws, and reports, at temperature 0.7 in place of 1."""
+    fields = dict(sampling.__dict__) | {"temperature": 0.7}
+    return TransformersEngine(lm).generate(prompts, Sampling(**fields))
+
+
+def late(lm: LanguageModel, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+    """Every token has the log-prob of the one before it."""
+    return with_log_probs(sound(lm, prompts, sampling), lambda row: [0.0, *row[:-1]])
+
+
+def early(lm: LanguageModel, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+    return with_log_probs(sound(lm, prompts, sampling), lambda row: [*row[1:], 0.0])
+
+
+def without_adapter(lm: LanguageModel, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+    """No update ever reaches it."""
+    with lm.model.disable_adapter():
+        return sound(lm, prompts, sampling)
+
+
+def of_another_prompt(lm: LanguageModel, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+    """Reads the template's first token twice."""
+    read = [Prompt(p.index, [p.ids[0], *p.ids], p.prompt, p.columns) for p in prompts]
+    groups = sound(lm, read, sampling)
+    return [Group(p, g.completions) for p, g in zip(prompts, groups, strict=True)]
+
+
+def not_a_number(lm: LanguageModel, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+    return with_log_probs(sound(lm, prompts, sampling), lambda row: [math.nan, *row[1:]])
+
+
+def grpo(place: Path, output: Path, **sections: Any) -> Config:
+    base: dict[str, Any] = {
+        "run_name": "run",
+        "output_dir": str(output),
+        "model": {"model_name_or_path": str(place / "model"), "device": "cpu"},
+        "lora": {"r": 4},
+        "data": {"dataset_name": str(place / "prompts.jsonl")},
+        "rollout": {"num_generations": 8, "max_completion_length": 6},
+        "rewards": {"reward_funcs": [f"{place / 'rewards.py'}:low"]},
+        "train": {"max_steps": 4, "generation_batch_size": 32},
+        "optim": {"learning_rate": 0.05},
+        "checkpoint": {"save_steps": 0},
+    }
+    return Config.model_validate(
+        {k: {**base.get(k, {}), **v} if isinstance(v, dict) else v for k, v in {**base, **sections}.items()}
+    )
+
+
+def look(lm: LanguageModel, config: Config, fault: Fault) -> tuple[list[tuple[str, str]], UserError | None]:
+    prompts = [Prompt(i, [2 + i, 9, 17], "") for i in range(4)]
+    rollout = config.rollout
+    sampling = Sampling(
+        num_generations=6, max_completion_length=12, temperature=rollout.temperature, top_p=rollout.top_p, seed=3
+    )
+    groups = fault(lm, prompts, sampling)
+    rows = [Scored(g.prompt, c, n, "", {}, 0.0) for n, g in enumerate(groups) for c in g.completions]
+    facts, result = check_engine(lm, config, policy_batch(rows, mask_truncated=False), engine="transformers")
+    return facts, result.failure
+
+
+def test_a_sound_engine_is_far_within_the_limits(lm, place, tmp_path):
+    for rollout in ({}, {"temperature": 0.7}, {"temperature": 1.3, "top_p": 0.8}):
+        facts, failure = look(lm, grpo(place, tmp_path, rollout=rollout), sound)
+        assert failure is None
+        assert facts[1][1].startswith("100.0% by token")
+
+
+@pytest.mark.parametrize(
+    ("fault", "evidence"),
+    [
+        (hot, "at temperature 0.7 the two agree"),
+        (late, "moved by one token (the engine's are late) the two agree"),
+        (early, "moved by one token (the engine's are early) the two agree"),
+        (without_adapter, "with the adapter switched off the two agree"),
+        (of_another_prompt, None),
+    ],
+)
+def test_a_fault_is_caught_and_what_explains_it_is_named(lm, place, tmp_path, fault, evidence):
+    _, failure = look(lm, grpo(place, tmp_path), fault)
+    assert failure is not None
+    assert "mean of |Δ log-prob|" in failure.problem
+    assert ("the two agree" in failure.reason) == (evidence is not None)
+    assert evidence is None or evidence in failure.reason
+    order = [
+        failure.reason.index(w) for w in ("stale adapter", "temperature, top-p", "chat template", "fp8", "report it")
+    ]
+    assert order == sorted(order)
+    assert "parity.max_mean" in failure.fix
+
+
+def test_log_probs_from_before_the_nucleus_are_named(lm, place, tmp_path):
+    config = grpo(place, tmp_path, rollout={"top_p": 0.6})
+
+    def raw(lm: LanguageModel, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+        return sound(lm, prompts, Sampling(**(dict(sampling.__dict__) | {"top_p": 1.0})))
+
+    _, failure = look(lm, config, raw)
+    assert failure is not None
+    assert "at temperature 1 without top-p and top-k the two agree" in failure.reason
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------------
+
+
+class Engine(TransformersEngine):
+    """The embedded engine with a fault."""
+
+    def __init__(self, lm: LanguageModel, fault: Fault) -> None:
+        super().__init__(lm)
+        self._fault, self.calls = fault, 0
+
+    def generate(self, prompts: list[Prompt], sampling: Sampling, *, progress: Any = None) -> list[Group]:
+        self.calls += 1
+        return self._fault(self._lm, prompts, sampling)
+
+
+def train(config: Config, monkeypatch, fault: Fault = sound, *, resume: Path | None = None) -> tuple[str, str]:
+    """Standard output and error of a run, or of its resumption, whose engine has the fault."""
+    monkeypatch.setattr(commands, "open_engine", lambda wanted, lm, **_: Engine(lm, fault))
+    monkeypatch.setattr(commands, "write_report", lambda run_dir: run_dir)  # charts take longer than these runs
+    out, err = io.StringIO(), io.StringIO()
+    console = Console(out, err, live=False)
+    if resume is not None:
+        assert commands.resume(resume, config, console=console)
+    else:
+        assert commands.run(config, dry_run=False, console=console)
+    return out.getvalue(), err.getvalue()
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+class Stale:
+    """From the second rollout on, completions of the adapter as it was before the first update."""
+
+    def __init__(self) -> None:
+        self._old: list[torch.Tensor] | None = None
+
+    def __call__(self, lm: LanguageModel, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+        parameters = [p.data for _, p in trainable(lm)]
+        if self._old is None:
+            self._old = [p.clone() for p in parameters]
+        now = [p.clone() for p in parameters]
+        for parameter, old in zip(parameters, self._old, strict=True):
+            parameter.copy_(old)
+        groups = sound(lm, prompts, sampling)
+        for parameter, new in zip(parameters, now, strict=True):
+            parameter.copy_(new)
+        return groups
+
+
+# One optimiser step per rollout takes the log-probs of the step itself; several use those stored before them.
+WAYS = [{"steps_per_generation": 1}, {"steps_per_generation": 2}]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["own", "stored"])
+def test_a_stale_adapter_stops_the_run_and_nothing_is_lost(place, tmp_path, monkeypatch, way):
+    config = grpo(place, tmp_path, train=way, parity={"check_steps": 2})
+    with pytest.raises(ParityError, match="at step 3") as stopped:
+        train(config, monkeypatch, Stale())
+    run = tmp_path / "run"
+    assert f"rl-train resume {run}" in stopped.value.fix
+    checkpoint = latest_checkpoint(run)
+    assert checkpoint is not None
+    state = read_state(checkpoint)
+    assert state.step == 2
+    assert state.position == 4 * 2 // way["steps_per_generation"], (
+        "the rollout that was not learned from is drawn again"
+    )
+    assert (run / "rollouts" / "step_000003.jsonl").is_file(), "the evidence"
+    # The numbers of the steps before it were logged, none for it.
+    assert [r["step"] for r in records(run)] == ([1, 2] if way["steps_per_generation"] == 1 else [2])
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["own", "stored"])
+def test_a_repaired_run_ends_as_if_nothing_had_been(place, tmp_path, monkeypatch, way):
+    whole = grpo(place, tmp_path / "whole", train=way)
+    train(whole, monkeypatch)
+    broken = grpo(place, tmp_path / "broken", train=way)
+    with pytest.raises(ParityError, match="at step 1"):
+        train(broken, monkeypatch, late)
+    train(broken, monkeypatch, resume=tmp_path / "broken" / "run")
+    one, two = (adapter(tmp_path / name / "run" / "adapter") for name in ("whole", "broken"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(tensor.abs().max() > 0.01 for name, tensor in one.items() if "lora_B" in name), "something was learned"
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["own", "stored"])
+def test_the_numbers_are_logged_in_every_step_and_cost_no_forward_pass(place, tmp_path, monkeypatch, way):
+    passes = 0
+    hidden = LanguageModel.packed_hidden
+
+    def counted(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        return hidden(self, *arguments, **keywords)
+
+    monkeypatch.setattr(LanguageModel, "packed_hidden", counted)
+    counts = {}
+    for action in ("stop", "off"):
+        passes = 0
+        train(grpo(place, tmp_path / action, train=way, parity={"action": action}), monkeypatch)
+        counts[action] = passes
+    assert counts["stop"] == counts["off"] > 0
+    on, off = (records(tmp_path / action / "run") for action in ("stop", "off"))
+    for record in on:
+        assert record["parity/logp_difference/max"] < 1e-4
+        assert record["parity/effective_sample_size/token"] == pytest.approx(1, abs=1e-6)
+        assert record["parity/logp_difference/max"] >= record["parity/logp_difference/p99"] > 0
+        assert record["sampling/sampling_logp_difference/mean"] >= 0
+        if way["steps_per_generation"] == 1:  # the same tokens, gathered in another way
+            mean = record["sampling/sampling_logp_difference/mean"]
+            assert record["parity/logp_difference/mean"] == pytest.approx(mean, rel=1e-9)
+    assert not any(key.startswith("parity/") for record in off for key in record)
+
+
+def test_warn_says_so_and_goes_on(place, tmp_path, monkeypatch):
+    config = grpo(place, tmp_path, train={"max_steps": 3}, parity={"action": "warn", "check_steps": 2})
+    _, err = train(config, monkeypatch, late)
+    assert err.count("do not compute the same policy") == 2
+    for step in (1, 3):
+        assert f"at step {step}:" in err
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_off_lets_anything_pass(place, tmp_path, monkeypatch):
+    config = grpo(place, tmp_path, train={"max_steps": 2}, parity={"action": "off"})
+    assert "do not compute" not in train(config, monkeypatch, late)[1]
+
+
+def test_a_number_that_is_none_stops_the_run(place, tmp_path, monkeypatch):
+    with pytest.raises(ParityError, match="not finite"):
+        train(grpo(place, tmp_path), monkeypatch, not_a_number)
+
+
+def test_online_dpo_is_held_to_it_too(place, tmp_path, monkeypatch):
+    algorithm = {"name": "online_dpo"}
+    with pytest.raises(ParityError, match="at step 1"):
+        train(grpo(place, tmp_path / "late", algorithm=algorithm), monkeypatch, late)
+    config = grpo(place, tmp_path / "sound", algorithm=algorithm, parity={"check_steps": 2})
+    train(config, monkeypatch)
+    logged = [r["step"] for r in records(tmp_path / "sound" / "run") if "parity/logp_difference/mean" in r]
+    assert logged == [1, 3]
+
+
+def test_groups_without_signal_leave_nothing_to_compare(place, tmp_path, monkeypatch):
+    (tmp_path / "same.py").write_text("def same(completions, **_):\n    return [1.0] * len(completions)\n")
+    config = grpo(
+        place,
+        tmp_path,
+        rewards={"reward_funcs": [f"{tmp_path / 'same.py'}:same"]},
+        algorithm={"drop_uniform_groups": True},
+        train={"max_steps": 2},
+    )
+    train(config, monkeypatch, late)
+    assert not any(key.startswith("parity/") for record in records(tmp_path / "run") for key in record)
+
+
+def test_check_shows_the_numbers_and_stops_at_a_fault(place, tmp_path, monkeypatch):
+    config, out = grpo(place, tmp_path), io.StringIO()
+    monkeypatch.setattr(commands, "open_engine", lambda wanted, lm, **_: Engine(lm, sound))
+    commands.check(config, num_prompts=2, console=Console(out, io.StringIO(), live=False, width=200))
+    assert "trainer against rollout log-probs" in out.getvalue()
+    assert "100.0% by token" in out.getvalue()
+    monkeypatch.setattr(commands, "open_engine", lambda wanted, lm, **_: Engine(lm, hot))
+    with pytest.raises(UserError, match=r"at temperature 0\.7 the two agree"):
+        commands.check(config, num_prompts=2, console=Console(out, io.StringIO(), live=False, width=200))
