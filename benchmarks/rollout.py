@@ -329,8 +329,8 @@ def ledger(system: str, arguments: argparse.Namespace, made: Ours) -> None:
 def parity(made: Ours) -> dict[str, Any]:
     import torch
 
+    from tandem.rl.parity import log_prob_difference
     from tandem.rl.samples import Sampling
-    from tandem.rollout.parity import log_prob_difference
 
     groups = made.engine.generate(prompts(16, seed=5), Sampling(max_completion_length=GREEDY, seed=3))
     own = []

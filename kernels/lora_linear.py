@@ -22,6 +22,11 @@ from tandem.kernels.row_copy import copy_rows
 _RANK_MULTIPLE = 8
 
 
+def padded_rank(total: int) -> int:
+    """Columns that adapters of `total` ranks take beside a weight."""
+    return -(-total // _RANK_MULTIPLE) * _RANK_MULTIPLE
+
+
 @dataclass(frozen=True)
 class Branch:
     """One projection's adapter: `a [r, in]`, `b [rows, r]`, the first of its rows in the stack, and its factor."""
@@ -55,7 +60,7 @@ class LoraLinear:
     ) -> None:
         self.out_features, self.in_features, self.branches, self.bias = out_features, in_features, branches, bias
         total = sum(one.a.shape[0] for one in branches)
-        self.rank = -(-total // _RANK_MULTIPLE) * _RANK_MULTIPLE
+        self.rank = padded_rank(total)
         self._buffer = torch.empty(out_features + self.rank, in_features + self.rank, dtype=dtype, device=device)
         self.weight = self._buffer[:out_features, :in_features]
         self._a, self._b = self._buffer[out_features:, :in_features], self._buffer[:out_features, in_features:]

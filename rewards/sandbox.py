@@ -23,7 +23,7 @@ itself (how busy the machine is). It may read the processor's and the kernel's v
 limits in full: a pool of 8 needs 8 times `Limits.memory_mib` in the worst case. Where `protections` reports no
 private root, the size of all files together is not limited, only that of each, and installed packages can be read.
 
-Linux only. The cost of a run is dominated by the start of two interpreters; docs/sandbox.md has the measurement.
+Linux only. Much of the cost of a run is the start of its interpreter; docs/sandbox.md has the measurement.
 """
 
 from __future__ import annotations
@@ -34,17 +34,16 @@ import os
 import secrets
 import selectors
 import stat
-import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeVar
 
-from tandem.rewards.sandbox_job import Limits, Program, check_positive, interpreter, job
+from tandem.rewards.sandbox_job import Limits, Program, check_positive, job
+from tandem.rewards.sandbox_start import kill_guard, start_guard
 from tandem.rl.errors import UserError
 
 T = TypeVar("T")
@@ -71,7 +70,6 @@ LAYERS = {
 
 _MIB = 1 << 20
 _GRACE_SECONDS = 5.0  # What the guard gets, after the wall limit, to end the tree and report.
-_START = "import sys; sys.path.append(sys.argv.pop(1)); import sandbox_child; sandbox_child.main()"
 
 
 @dataclass(frozen=True)
@@ -165,39 +163,24 @@ class Run:
         self.folder = tempfile.mkdtemp(prefix="tandem-sandbox-")
         self.started = time.monotonic()
         opened: list[int] = []
+        self._reading: dict[str, int] = {}
         try:
             os.chmod(self.folder, 0o700)
             channels = [*channels, *([capture[1]] if capture else [])]
             job_fd = _memory_file(marshal.dumps(job(program, self.folder, channels, required)))
             text = _memory_file(program.stdin.encode("utf-8", "surrogatepass"))
-            report_read, report_write = os.pipe()
+            pipes = {name: os.pipe() for name in ("report", "stdout", "stderr")}
+            self._reading = {name: ends[0] for name, ends in pipes.items()}
             cancel_read, self.cancel = os.pipe()
-            opened = [job_fd, text, report_write, cancel_read]
-            self.process = subprocess.Popen(
-                [
-                    interpreter(),
-                    "-I",
-                    "-S",
-                    "-c",
-                    _START,
-                    str(Path(__file__).parent),
-                    *map(str, (job_fd, report_write, cancel_read)),
-                ],
-                stdin=text,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=[job_fd, report_write, cancel_read, *channels],
-                cwd="/",
-                env={},
-                start_new_session=True,
-            )
+            writing = {name: ends[1] for name, ends in pipes.items()}
+            opened = [job_fd, text, cancel_read, *writing.values()]
+            start_guard(job_fd, writing["report"], cancel_read, [text, writing["stdout"], writing["stderr"]], channels)
         except BaseException:
             _remove(self.folder)
             raise
         finally:
             for fd in opened:
                 os.close(fd)
-        self._report_fd = report_read
         self._killed_for: Status | None = None
         self._lock = threading.Lock()  # between `end` and the closing of its pipe, which may be in another thread
         self._closed = False
@@ -225,13 +208,7 @@ class Run:
         return self._outcome(streams)
 
     def _collect(self) -> dict[str, bytes]:
-        assert self.process.stdout is not None
-        assert self.process.stderr is not None
-        fds = {
-            "stdout": self.process.stdout.fileno(),
-            "stderr": self.process.stderr.fileno(),
-            "report": self._report_fd,
-        }
+        fds = dict(self._reading)
         if self._capture:
             fds["captured"] = self._capture[0]
             os.close(self._capture[1])
@@ -258,23 +235,23 @@ class Run:
                 if time.monotonic() > deadline:
                     self.end("timeout")
                     if time.monotonic() > deadline + _GRACE_SECONDS:
-                        break  # the guard itself hangs; `_close` kills it, and its death kills the rest
+                        self._kill_guard(bytes(found["report"]))
+                        break
         return {name: bytes(kept) for name, kept in found.items()}
 
     def _close(self) -> None:
         with self._lock:
             self._closed = True
             os.close(self.cancel)
-        try:
-            self.process.wait(timeout=_GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        os.close(self._report_fd)
-        for stream in (self.process.stdout, self.process.stderr):
-            if stream is not None:
-                stream.close()
+        for fd in self._reading.values():
+            os.close(fd)
         _remove(self.folder)
+
+    def _kill_guard(self, report: bytes) -> None:
+        """The guard itself hangs."""
+        lines = [line.split() for line in report.splitlines()]
+        for pid in (int(line[1]) for line in lines if line[0] == b"guard"):
+            kill_guard(pid)
 
     def _outcome(self, streams: dict[str, bytes]) -> Outcome:
         for line in streams["report"].decode("utf-8", "replace").splitlines():
@@ -326,7 +303,7 @@ class Run:
                 reason=missing,
                 fix="`rl-train check` lists the protections; allow user namespaces, or use a kernel with Landlock",
             )
-        reason = self.report.get("failed") or stderr.strip()[-500:] or f"exit code {self.process.returncode}"
+        reason = self.report.get("failed") or stderr.strip()[-500:] or "its guard did not begin"
         raise UserError(
             "the sandbox could not start a program",
             reason=f"{reason}; {missing}".strip("; "),

@@ -1,18 +1,19 @@
-"""The trusted program around one untrusted program: `main(JOB_FD, REPORT_FD, CANCEL_FD)` in a bare interpreter.
+"""The trusted program around untrusted programs: `main()` in a bare interpreter with the number of a socket.
 
-Three processes, so that none that the untrusted program can touch has anything to give away:
+For every program three processes, so that none that the untrusted program can touch has anything to give away:
 
     guard    (this program) counts memory and time of the whole tree, and kills all of it at the end
     `- init  first process of the new namespaces; builds the private root and waits
        `- payload  gives up every right, then becomes the untrusted program
 
-It imports nothing but the standard library, and little of that, because its start is paid for with every run.
-The job comes as a marshalled dict (see `sandbox._Run`), the report goes back as lines of `key value`.
+It imports nothing but the standard library, and little of that, because every guard is a fork of it.
+The job comes as a marshalled dict (see `sandbox_job.job`), the report goes back as lines of `key value`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import marshal
 import os
 import resource
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 _SIGKILL = 9
 _NOBODY = 65534
+_MOST_DESCRIPTORS = 64
 _PRIVATE_UIDS = 0x60000000  # far above any account; plus the process id, so that runs cannot meet each other
 
 
@@ -110,7 +112,7 @@ def guard(job: dict[str, Any], report: Report, cancel: int) -> None:
 
 
 def _exit_on_error(report: Report, action: Callable[[], None]) -> None:
-    """Run what never returns; a failure is reported and ends the process, so that nothing untrusted starts."""
+    """Run something and end the process; a failure is reported, and nothing untrusted starts after it."""
     try:
         action()
     except BaseException as error:  # noqa: BLE001  reported; unwinding into the guard's own code would run it twice
@@ -134,7 +136,7 @@ class Watch:
         handle = os.pidfd_open(self.init_pid)
         poll.register(handle, select.POLLIN)
         poll.register(self.cancel, select.POLLIN)
-        wait = 0.002
+        wait = 0.008
         while True:
             ready = [fd for fd, _ in poll.poll(wait * 1000)]
             wait = min(wait * 1.5, 0.025)
@@ -408,15 +410,57 @@ def _write_if_possible(path: str, text: str) -> None:
         return  # only lowers the chance that the machine, out of memory, kills the wrong process
 
 
+# ---------------------------------------------------------------- starter
+
+
 def main() -> None:
-    job_fd, report_fd, cancel = (int(argument) for argument in sys.argv[1:4])
+    """Fork a guard for every message until the other end of the socket is closed."""
+    import gc
+    import signal
+    import socket
+
+    gc.disable()  # a collection would make a forked guard copy every page
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the guards
+    with socket.socket(fileno=int(sys.argv[1])) as requests:
+        requests.set_inheritable(False)
+        while True:
+            message, fds, _, _ = socket.recv_fds(requests, 1 << 16, _MOST_DESCRIPTORS)
+            if not message:
+                return
+            if os.fork() == 0:
+                requests.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                os.setsid()
+                job_fd, report_fd, cancel = place(fds, marshal.loads(message))
+                report = Report(report_fd)
+                report.say("guard", os.getpid())
+                _exit_on_error(report, lambda: _guard_of(job_fd, report, cancel))  # noqa: B023  it never returns
+            for fd in fds:
+                os.close(fd)
+
+
+def _guard_of(job_fd: int, report: Report, cancel: int) -> None:
     with open(job_fd, "rb") as file:
         job = marshal.loads(file.read())
-    report = Report(report_fd)
-    # What is left inheritable is the job's channels alone: everything that Python opens closes when the program starts.
-    for fd in (report_fd, cancel):
-        os.set_inheritable(fd, False)
     guard(job, report, cancel)
+
+
+def place(fds: list[int], channels: list[int]) -> list[int]:
+    """Give the descriptors of a message their numbers; returns those of job, report and cancel.
+
+    Only 0, 1, 2 and the channels are left inheritable: everything else closes when the program starts.
+    """
+    wanted = [0, 1, 2, *channels]
+    above = max(*wanted, *fds) + 1
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in fds]
+    for fd in fds:
+        os.close(fd)
+    own, given = moved[: -len(wanted)], moved[-len(wanted) :]
+    for fd, number in zip(given, wanted, strict=True):
+        os.dup2(fd, number)
+        os.close(fd)
+    return own
 
 
 if __name__ == "__main__":

@@ -1,23 +1,34 @@
-"""Checkpoints: adapter, optimiser, random state and counters, in safetensors and JSON; whole or absent."""
+"""Checkpoints: adapter, optimiser, random state and counters, in safetensors and JSON; whole or absent.
+
+A checkpoint is written beside, brought to the disk and renamed; the last file in it, `files.json`, holds the size and
+the SHA-256 of the others. So a folder that a crash, a full disk or a bad sector left is told from a whole one, and a
+run goes on from the newest that is whole.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tandem.rl.errors import UserError
+from tandem.rl.journal import sync_folder, write_whole
 from tandem.rl.lora import load_adapter, save_adapter, trainable
 from tandem.rl.model import LanguageModel
 from tandem.rl.optim import optimizer_tensors, restore_optimizer
 
 _NAME = re.compile(r"step_(\d+)$")
+_MANIFEST = "files.json"
+_REQUIRED = {"adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json"}
 
 
 @dataclass
@@ -28,7 +39,9 @@ class State:
         warmup_step: finished steps of the supervised warm-up. step: finished optimiser steps of the main phase.
         position: rows of the endless stream of epochs that are used up.
         num_tokens: prompt and completion tokens trained on so far.
-        skipped_updates: updates left out because the gradient was not finite.
+        skipped_updates: updates left out because the gradient was not finite. skipped_in_a_row: the latest of them,
+            with no good one since.
+        journal_rollouts: rollouts that were learned from. journal_bytes: where they end in the journal.
         seconds: time spent in finished steps.
         scores: held-out score by step.
     """
@@ -38,6 +51,9 @@ class State:
     position: int = 0
     num_tokens: int = 0
     skipped_updates: int = 0
+    skipped_in_a_row: int = 0
+    journal_rollouts: int = 0
+    journal_bytes: int = 0
     seconds: float = 0.0
     scores: dict[int, float] = field(default_factory=dict)
 
@@ -45,30 +61,157 @@ class State:
 def save_checkpoint(
     run_dir: Path, lm: LanguageModel, optimizer: torch.optim.Optimizer, state: State, *, keep: int | None
 ) -> Path:
-    """Write `checkpoints/step_N`, then remove all but the newest `keep`."""
+    """Write `checkpoints/step_N`, then remove all but the newest `keep`.
+
+    Raises:
+        UserError: it cannot be written. The checkpoints of before are then as they were.
+    """
     target = run_dir / "checkpoints" / f"step_{state.step:06d}"
     beside = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_adapter(lm, beside)
-    tensors = optimizer_tensors(optimizer, trainable(lm))
-    save_file(tensors | _random_state(), beside / "optimizer.safetensors")
-    (beside / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-    for path in beside.iterdir():
-        _sync(path)
-    shutil.rmtree(target, ignore_errors=True)
-    beside.rename(target)
-    _sync(target.parent)
+    try:
+        _write_whole_folder(beside, lm, optimizer, state)
+        _replace(beside, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise UserError(
+            f"the checkpoint {str(target)!r} cannot be written: {error}",
+            reason="the checkpoint before it is untouched",
+            fix="make room or the folder writable, then `rl-train resume` the run",
+        ) from error
     if keep is not None:
         for _, old in _checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
+    return target
+
+
+def _write_whole_folder(folder: Path, lm: LanguageModel, optimizer: torch.optim.Optimizer, state: State) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    save_adapter(lm, folder)
+    tensors = optimizer_tensors(optimizer, trainable(lm))
+    save_file(tensors | _random_state(), folder / "optimizer.safetensors")
+    (folder / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+    files = sorted(folder.iterdir())
+    for path in files:
+        _sync(path)
+    manifest = {path.name: {"size": path.stat().st_size, "sha256": _digest(path)} for path in files}
+    write_whole(folder / _MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode("ascii"))
+
+
+def _replace(beside: Path, target: Path) -> None:
+    """Give a whole folder its name. Between removing one of that name and renaming, `beside` is the checkpoint:
+    `_finish_saves` completes what a kill interrupts there."""
+    if target.exists():
+        _remove(target)
+    beside.rename(target)
+    sync_folder(target.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint so that no half-removed one is ever seen under its name."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _finish_saves(run_dir: Path) -> None:
+    """Complete or remove what a kill left of a save."""
+    folder = run_dir / "checkpoints"
+    for path in sorted(folder.glob(".step_*.tmp")) if folder.is_dir() else ():
+        target = folder / path.name.removeprefix(".").removesuffix(".tmp")
+        if not target.exists() and damage(path) is None:
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".step_*.gone") if folder.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def save_final_adapter(run_dir: Path, lm: LanguageModel) -> Path:
+    """Write the run's `adapter`, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    target, beside = run_dir / "adapter", run_dir / ".adapter.tmp"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        save_adapter(lm, beside)
+        for path in beside.iterdir():
+            _sync(path)
+        _replace(beside, target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the adapter {str(target)!r} cannot be written: {error}",
+            reason="the newest checkpoint has the same adapter",
+            fix="make room or the folder writable, then `rl-train resume` the run",
+        ) from error
     return target
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run."""
+    """The newest checkpoint of a run; see `whole_checkpoint` for one that was verified."""
     found = _checkpoints(run_dir)
     return found[-1][1] if found else None
+
+
+def whole_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is whole, for a run that goes on; None if the run has not written any.
+
+    Damaged ones are set aside as `damaged_step_N`, and `warn` is told. Call it only while holding the run's lock.
+
+    Raises:
+        UserError: there are checkpoints and none of them is whole.
+    """
+    _finish_saves(run_dir)
+    found = [path for _, path in reversed(_checkpoints(run_dir))]
+    bad: list[tuple[Path, str]] = []
+    for path in found:
+        if (reason := damage(path)) is None:
+            for damaged, why in bad:
+                aside = damaged.with_name(f"damaged_{damaged.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                damaged.rename(aside)
+                warn(f"the checkpoint {damaged} is damaged ({why}); going on from {path.name}, it is kept as {aside}")
+            return path
+        bad.append((path, reason))
+    if bad:
+        raise UserError(
+            f"none of the {len(bad)} checkpoints of {run_dir} is whole: "
+            + "; ".join(f"{path.name}: {why}" for path, why in bad),
+            fix=f"put a good copy back, or remove {run_dir / 'checkpoints'} to start from the beginning",
+        )
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if it is whole."""
+    try:
+        manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
+        expected = {str(name): (int(f["size"]), str(f["sha256"])) for name, f in manifest.items()}
+    except FileNotFoundError:
+        return f"{_MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{_MANIFEST} cannot be read: {type(error).__name__}"
+    if missing := _REQUIRED - expected.keys():
+        return f"{_MANIFEST} does not name {', '.join(sorted(missing))}"
+    for name, (size, digest) in expected.items():
+        path = checkpoint / name
+        if Path(name).name != name:
+            return f"{_MANIFEST} names {name!r}, which is no file of the checkpoint"
+        try:
+            found = path.stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes instead of {size}"
+            if _digest(path) != digest:
+                return f"{name} has other bytes than were written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+    return None
 
 
 def read_state(checkpoint: Path) -> State:
@@ -94,8 +237,6 @@ def restore(checkpoint: Path, lm: LanguageModel, optimizer: torch.optim.Optimize
     Raises:
         UserError: a file is missing or damaged, or belongs to another configuration.
     """
-    from safetensors import SafetensorError
-
     try:
         load_adapter(lm, checkpoint)
         saved = load_file(checkpoint / "optimizer.safetensors")
@@ -130,3 +271,8 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 a mistake that the user can fix; 1 anything else, a stoppe
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,9 @@ from tandem.rl.errors import UserError
 
 if TYPE_CHECKING:
     from tandem.rl.config import Config
+
+# A disk that is full or a folder that is not the user's to write: nothing is wrong with the program.
+_NO_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 app = typer.Typer(
     name="rl-train",
@@ -46,10 +50,24 @@ def run(
 
 
 @app.command()
-def resume(run: RunPath, overrides: Overrides = None) -> None:
-    """Go on with a run from its newest checkpoint."""
+def resume(
+    run: RunPath,
+    overrides: Overrides = None,
+    changed_data: Annotated[
+        bool, typer.Option("--changed-data", help="Go on although the data set is not the one of before.")
+    ] = False,
+) -> None:
+    """Go on with a run from its newest whole checkpoint."""
     config = load_run_config(run, overrides)
-    if not _commands().resume(run, config, console=_console()):
+    if not _commands().resume(run, config, console=_console(), accept_changed_data=changed_data):
+        raise typer.Exit(1)
+
+
+@app.command()
+def replay(run: RunPath, overrides: Overrides = None) -> None:
+    """Train anew from a run's journal alone: the same rollouts, another objective."""
+    config = load_run_config(run, overrides)
+    if not _commands().replay(run, config, console=_console()):
         raise typer.Exit(1)
 
 
@@ -136,6 +154,11 @@ def main() -> None:
         app()
     except UserError as error:
         _say(f"error: {error}")
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _NO_WRITE:
+            raise
+        _say(f"error: cannot write: {error}\nFix: make room or the folder writable; then rl-train resume the run")
         sys.exit(2)
     except KeyboardInterrupt:
         _say("stopped at once")

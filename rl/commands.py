@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -11,29 +12,27 @@ from types import FrameType
 from typing import Any
 
 from tandem.rl import distributed
-from tandem.rl.checkpoint import State, latest_checkpoint, read_state, restore
-from tandem.rl.checkpoint_offload import CheckpointedLayers
+from tandem.rl.checkpoint import State, latest_checkpoint, read_state, restore, whole_checkpoint
 from tandem.rl.config import Config
 from tandem.rl.config_file import save_config
 from tandem.rl.console import Console
+from tandem.rl.data_identity import keep_or_compare
 from tandem.rl.errors import UserError
 from tandem.rl.evaluate import eval_sampling, evaluate, training_sampling
 from tandem.rl.experience import policy_batch, with_advantages
-from tandem.rl.fused_layer import FusedLayers, Plan
-from tandem.rl.inputs import Inputs, prepare
+from tandem.rl.inputs import Inputs, prepare, prepare_replay
 from tandem.rl.journal import drop_after, write_rollouts
-from tandem.rl.lora import attach_lora, load_adapter, trainable
-from tandem.rl.model import LanguageModel, check_packing, load_model
+from tandem.rl.lora import load_adapter, trainable
+from tandem.rl.open_model import open_model
 from tandem.rl.optim import make_optimizer
 from tandem.rl.parity import check_engine
+from tandem.rl.replay import fill, replay_config, survey
 from tandem.rl.report import write_report
+from tandem.rl.rewards_command import show_protections
+from tandem.rl.rollout_journal import Mark, RolloutJournal, source_of
+from tandem.rl.run_lock import run_lock
 from tandem.rl.trackers import NoTrackers, Trackers
 from tandem.rl.trainer import Trainer, total_steps
-from tandem.rl.weights import resolve_model
-from tandem.rollout.choose_engine import open_engine
-from tandem.rollout.engine import RolloutEngine
-from tandem.rollout.vllm_plan import VllmOptions
-from tandem.rollout.vllm_versions import refusal as vllm_refusal
 
 
 def run(config: Config, *, dry_run: bool, console: Console) -> bool:
@@ -45,20 +44,21 @@ def run(config: Config, *, dry_run: bool, console: Console) -> bool:
         inputs = prepare(config, console)
         config = distributed.broadcast(_with_free_folder(config, console))
         run_dir = config.run_dir
-        if distributed.is_main():
-            run_dir.mkdir(parents=True)
-            save_config(config, run_dir / "config.yaml")
-        console.note(f"run folder: {run_dir}")
-        return _train(config, run_dir, inputs, State(), None, console)
+        with _new_folder(config, run_dir, console):
+            if distributed.is_main():
+                keep_or_compare(run_dir, inputs.data)
+            return _train(config, run_dir, inputs, State(), None, console)
 
 
-def resume(run_dir: Path, config: Config, *, console: Console) -> bool:
-    """`rl-train resume`: go on from the newest checkpoint, or from the start if there is none yet."""
-    with _processes(config, console) as console:
-        checkpoint = latest_checkpoint(run_dir)
+def resume(run_dir: Path, config: Config, *, console: Console, accept_changed_data: bool = False) -> bool:
+    """`rl-train resume`: go on from the newest whole checkpoint, or from the start if there is none yet."""
+    with _processes(config, console) as console, _locked(run_dir, console):
+        checkpoint = distributed.broadcast(whole_checkpoint(run_dir, console.warn) if distributed.is_main() else None)
         state = read_state(checkpoint) if checkpoint else State()
         inputs = prepare(config, console)
         if distributed.is_main():
+            for change in keep_or_compare(run_dir, inputs.data, accept_changes=accept_changed_data):
+                console.warn(change)
             save_config(config, run_dir / "config.yaml")
         start = (
             f"resuming {run_dir} after step {state.step}"
@@ -67,6 +67,64 @@ def resume(run_dir: Path, config: Config, *, console: Console) -> bool:
         )
         console.note(start)
         return _train(config, run_dir, inputs, state, checkpoint, console, resumed=True)
+
+
+def replay(source: Path, config: Config, *, console: Console) -> bool:
+    """`rl-train replay`: train a new run from the journal of another one alone."""
+    recorded = survey(source, console)
+    config = replay_config(config, source, recorded)
+    with _processes(config, console) as console:
+        inputs = prepare_replay(config, recorded.prompts, console)
+        config = distributed.broadcast(_with_free_folder(config, console))
+        with _new_folder(config, config.run_dir, console, copied=("journal.jsonl",)):
+            console.note(f"{recorded.rollouts} rollouts from the journal of {source}")
+            if distributed.is_main():
+                fill(source, config.run_dir, config)
+            return _train(config, config.run_dir, inputs, State(), None, console)
+
+
+@contextmanager
+def _new_folder(config: Config, run_dir: Path, console: Console, *, copied: tuple[str, ...] = ()) -> Iterator[None]:
+    """Make a run's folder with its config and hold it. A run that fails before its first step leaves none: what is
+    wrong with a model or an adapter shows only once they are loaded.
+
+    Args:
+        copied: names of files that the run did not make itself.
+    """
+    if distributed.is_main():
+        try:
+            run_dir.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"the run folder {str(run_dir)!r} cannot be made: {error}", fix="set output_dir") from error
+    try:
+        with _locked(run_dir, console):
+            if distributed.is_main():
+                save_config(config, run_dir / "config.yaml")
+            console.note(f"run folder: {run_dir}")
+            yield
+    except (UserError, OSError):
+        if distributed.is_main() and not _has_begun(run_dir, {*_BEFORE_THE_FIRST_STEP, *copied}):
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+
+
+_BEFORE_THE_FIRST_STEP = {"config.yaml", "config.yaml.tmp", "data.json", "data.json.tmp", ".lock"}
+
+
+def _has_begun(run_dir: Path, known: set[str]) -> bool:
+    """Whether a run's folder holds anything, empty files aside, that is not `known`."""
+    kept = [path for path in run_dir.iterdir() if path.name not in known]
+    return any(path.stat().st_size if path.is_file() else True for path in kept)
+
+
+@contextmanager
+def _locked(run_dir: Path, console: Console) -> Iterator[None]:
+    """Hold the run's folder; one of several processes does it for all."""
+    if not distributed.is_main():
+        yield
+        return
+    with run_lock(run_dir, note=console.note):
+        yield
 
 
 @contextmanager
@@ -95,7 +153,7 @@ def evaluate_run(config: Config, run_dir: Path | None, *, console: Console) -> d
             fix="evaluate with a config whose rewards section says what is good",
         )
     inputs = prepare(config, console)
-    lm, engine, stop = _open_model(config, inputs, console)
+    lm, engine, stop, config = open_model(config, inputs, console)
     if run_dir:
         load_adapter(lm, _adapter_folder(run_dir))
     step = read_state(c).step if run_dir and (c := latest_checkpoint(run_dir)) else 0
@@ -118,7 +176,8 @@ def check(config: Config, *, num_prompts: int, console: Console) -> None:
     if not config.uses_rollouts:
         _show_plan(config, inputs, console)
         return
-    lm, engine, stop = _open_model(config, inputs, console)
+    show_protections(inputs.judge.rewards, console)
+    lm, engine, stop, config = open_model(config, inputs, console)
     prompts = inputs.data.prompts[:num_prompts]
     started = time.perf_counter()
     groups = engine.generate(prompts, training_sampling(config, stop, config.seed))
@@ -170,8 +229,12 @@ def _train(
 ) -> bool:
     import torch
 
+    journal = None
+    if config.uses_rollouts and config.checkpoint.journal and distributed.is_main():
+        learned = Mark(state.journal_rollouts, state.journal_bytes)
+        journal = RolloutJournal(run_dir, learned, source=source_of(config), note=console.note)
     torch.manual_seed(config.seed)  # dropout draws from it; a resumed run gets its own state back below
-    lm, engine, stop = _open_model(config, inputs, console)
+    lm, engine, stop, config = open_model(config, inputs, console)
     optimizer = make_optimizer(trainable(lm), config.optim)
     if checkpoint:
         restore(checkpoint, lm, optimizer)
@@ -196,6 +259,7 @@ def _train(
             console=console,
             should_stop=lambda: bool(stopped),
             objective=inputs.objective,
+            journal=journal,
         )
         started = time.perf_counter()
         finished = trainer.fit()
@@ -217,59 +281,6 @@ def _trackers(config: Config, run_dir: Path, resume_step: int | None, console: C
     return Trackers(config, run_dir, resume_step=resume_step, warn=console.warn)
 
 
-def _open_model(
-    config: Config, inputs: Inputs, console: Console
-) -> tuple[LanguageModel, RolloutEngine, tuple[int, ...]]:
-    from tandem.rl.chat import stop_token_ids
-
-    wanted = _wanted_engine(config, console)
-    lm = load_model(config.model, inputs.tokenizer, shared=wanted != "transformers" and vllm_refusal() is None)
-    for note in lm.notes:
-        console.note(note)
-    attach_lora(lm, config.lora, seed=config.seed)
-    _attach_fused_layers(lm, config, console)
-    if lm.fused is None:
-        check_packing(lm)
-    stop = stop_token_ids(lm.tokenizer, lm.causal_lm.generation_config, config.rollout.stop_token_ids)
-    engine = open_engine(
-        wanted,
-        lm,
-        store=lm.store,
-        source=resolve_model(config.model.model_name_or_path),
-        load_in_4bit=config.model.load_in_4bit,
-        options=_vllm_options(config, inputs),
-        max_in_flight=config.rollout.max_in_flight,
-        note=console.note,
-        warn=console.warn,
-    )
-    return lm, engine, stop
-
-
-def _wanted_engine(config: Config, console: Console) -> str:
-    """The engine to try. The vLLM engine has not run on a GPU yet, so a run gets it only by name."""
-    if not config.uses_rollouts or config.rollout.engine == "transformers":
-        return "transformers"
-    if config.rollout.engine == "vllm":
-        return "vllm"
-    if config.model.device != "cpu" and vllm_refusal() is None:
-        console.note("rollouts go through transformers; rollout.engine=vllm is faster, and still on trial")
-    return "transformers"
-
-
-def _vllm_options(config: Config, inputs: Inputs) -> VllmOptions:
-    rollout = config.rollout
-    prompts = [*(inputs.data.prompts or ()), *(inputs.data.eval_prompts or ())]
-    longest = max((len(p.ids) for p in prompts), default=0) + rollout.max_completion_length
-    return VllmOptions(
-        max_model_len=rollout.max_model_len or -(-longest // 128) * 128,
-        max_num_seqs=rollout.max_in_flight or 256,
-        kv_cache_gib=rollout.kv_cache_gib,
-        kv_cache_dtype=rollout.kv_cache_dtype,
-        enforce_eager=rollout.enforce_eager,
-        cudagraph_sizes=tuple(rollout.cudagraph_sizes) if rollout.cudagraph_sizes else None,
-    )
-
-
 def _with_free_folder(config: Config, console: Console) -> Config:
     """A run never writes into another's folder: the second `demo` becomes `demo-2`."""
     name, number = config.run_name, 1
@@ -279,32 +290,6 @@ def _with_free_folder(config: Config, console: Console) -> Config:
     if number > 1:
         console.note(f"{config.run_dir} exists, so this run is named {name}")
     return config.model_copy(update={"run_name": name})
-
-
-def _attach_fused_layers(lm: LanguageModel, config: Config, console: Console) -> None:
-    """Send packs through the fused layers, or through the model's own, recomputed in the backward pass.
-
-    Where fused layers cannot be had and were not asked for, what happens instead and the reason are said once.
-    """
-    train, on_gpu = config.train, lm.device.type == "cuda"
-    refusal = None
-    if train.fused_layers or (train.fused_layers is None and on_gpu):
-        plan = Plan(tile_rows=train.mlp_tile_rows, groups=train.kv_head_groups, attention=train.attention_memory)
-        try:
-            FusedLayers(plan, offload=train.offload_activations).attach(lm)
-            return
-        except UserError as error:
-            if train.fused_layers:
-                raise
-            refusal = error.problem
-    recompute = train.gradient_checkpointing
-    if recompute is None:
-        recompute = (on_gpu or bool(train.offload_activations)) and lm.causal_lm.supports_gradient_checkpointing
-    if recompute:
-        CheckpointedLayers(offload=train.offload_activations).attach(lm)
-    if refusal:
-        how = "layers recomputed in the backward pass" if recompute else "every layer's activations kept"
-        console.warn(f"training through the model's own forward, {how}, which needs more memory and time: {refusal}")
 
 
 def _adapter_folder(run_dir: Path) -> Path:

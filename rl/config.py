@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from tandem.rl.environment_config import EnvironmentConfig
 from tandem.rl.sections import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "EnvironmentConfig",
     "EvalConfig",
     "LogConfig",
     "LoraConfig",
@@ -64,6 +66,7 @@ class Config(Section):
     lora: LoraConfig = Field(default_factory=LoraConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    environment: EnvironmentConfig = Field(default_factory=EnvironmentConfig)
     rewards: RewardsConfig = Field(default_factory=RewardsConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     preference: PreferenceConfig = Field(default_factory=PreferenceConfig)
@@ -97,6 +100,11 @@ class Config(Section):
             raise ValueError("data.dataset_name is missing: name a hub data set, a file or FILE.py:FUNCTION")
         if self.uses_rollouts:
             self._check_rl()
+        elif self.environment.enabled:
+            raise ValueError(
+                f"the section environment is for rollouts, and algorithm.name is {self.algorithm.name!r}: remove "
+                "it, or use grpo or online_dpo"
+            )
         if self.algorithm.name == "online_dpo" and self.preference.loss_type == "kto":
             raise ValueError(
                 "preference.loss_type is 'kto', but online_dpo makes pairs: use sigmoid or another loss on pairs"
@@ -131,6 +139,8 @@ class Config(Section):
                 f"algorithm.epsilon_high is {self.algorithm.epsilon_high}: for cispo it is the largest ratio, "
                 "so it must be at least 1, for example 5"
             )
+        if self.environment.factory is not None and not self.rewards.reward_funcs:
+            self.rewards.reward_funcs = [RewardSpec(function="environment")]
         if not self.rewards.reward_funcs:
             raise ValueError("rewards.reward_funcs is empty: RL needs at least one reward function")
         names = self.reward_names()
@@ -138,6 +148,8 @@ class Config(Section):
             raise ValueError(f"two reward functions are named {twice[0]!r}: give one of them a `name`")
         if self.eval.score is not None and self.eval.score not in names:
             raise ValueError(f"eval.score is {self.eval.score!r}, but the rewards are named {', '.join(names)}")
+        if self.environment.factory is None and any(s.function == "environment" for s in self.rewards.reward_funcs):
+            raise ValueError("the reward 'environment' is the environment's own, and environment.factory is missing")
         limit = self.model.max_length
         if limit is not None and self.rollout.max_completion_length >= limit:
             raise ValueError(

@@ -12,9 +12,20 @@ from pydantic import BaseModel, ValidationError
 
 from tandem.rl.config import Config
 from tandem.rl.errors import UserError
+from tandem.rl.journal import write_whole
+from tandem.rl.secrets_check import refuse_secrets
 
 # Fields whose value may name a file beside the config.
-_PATH_KEYS = {"dataset_name", "function", "loss", "init_from", "chat_template", "model_name_or_path"}
+_PATH_KEYS = {
+    "dataset_name",
+    "function",
+    "loss",
+    "init_from",
+    "chat_template",
+    "model_name_or_path",
+    "rubric_file",
+    "schema_file",
+}
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -48,8 +59,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"cannot read the config {str(path)!r}: {error}", fix="give the path of a YAML file") from None
     try:
         raw = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that no calendar has
         raise UserError(f"{path} is not valid YAML: {error}") from None
+    if _holds_itself(raw):
+        raise UserError(f"{path} is not valid YAML: an alias (*name) stands within what it names")
     if not isinstance(raw, dict):
         raise UserError(
             f"{path} holds {type(raw).__name__}, not a mapping of sections", fix="start from a file in examples/"
@@ -75,6 +88,7 @@ def load_run_config(run_dir: Path, overrides: list[str] | None = None) -> Config
 
 def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
     """Check a plain mapping. Raises UserError with every problem in it."""
+    refuse_secrets(raw, source)
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -84,9 +98,17 @@ def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config; the file is itself runnable."""
-    path.write_text(
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    write_whole(path, text.encode("utf-8"))
+
+
+def _holds_itself(node: Any, around: tuple[int, ...] = ()) -> bool:
+    if not isinstance(node, (dict, list)):
+        return False
+    if id(node) in around:
+        return True
+    inner = node.values() if isinstance(node, dict) else node
+    return any(_holds_itself(value, (*around, id(node))) for value in inner)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -104,7 +126,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {part!r} is not a section")
     try:
         node[parts[-1]] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.rewards.base import Reward
-from tandem.rewards.compose import Scores, score
+from tandem.rewards.compose import OnMissing, Scores, score
 from tandem.rl.chat import completion_text
 from tandem.rl.config import Config
 from tandem.rl.metrics import rollout_metrics
@@ -25,12 +25,14 @@ class Judge:
         rewards: in the order of the config.
         tokenizer: decodes completions.
         timeout: seconds per call of one function. max_steps: steps of the whole run, for `trainer_state`.
+        on_missing: what becomes of a completion to which no reward applies; see `compose.score`.
     """
 
     rewards: list[Reward]
     tokenizer: Any
     timeout: float
     max_steps: int = 0
+    on_missing: OnMissing = "stop"
 
     def __call__(self, groups: list[Group], step: int) -> Scores:
         return score(
@@ -40,6 +42,7 @@ class Judge:
             timeout=self.timeout,
             global_step=step,
             max_steps=self.max_steps,
+            on_missing=self.on_missing,
         )
 
 

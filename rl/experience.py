@@ -63,14 +63,14 @@ def kl_penalties(batch: PolicyBatch, algorithm: AlgorithmConfig) -> list[float] 
 
 
 def policy_batch(rows: list[Scored], *, mask_truncated: bool) -> PolicyBatch:
-    """Sequences to train on; a truncated completion carries no loss if `mask_truncated`."""
+    """Sequences to train on, with loss on sampled tokens; a truncated completion carries none if `mask_truncated`."""
     sequences, log_probs = [], []
     for row in rows:
         completion = row.completion
         scored = not (mask_truncated and completion.truncated)
-        mask = [scored] * len(completion.ids)
+        mask = [scored and sampled for sampled in completion.sampled]
         sequences.append(Sequence(row.prompt.ids, completion.ids, mask, family=row.group))
-        log_probs.append(completion.log_probs if scored else [])
+        log_probs.append([value for value, kept in zip(completion.log_probs, mask, strict=True) if kept])
     return PolicyBatch(sequences, [row.advantage for row in rows], log_probs)
 
 
@@ -82,6 +82,6 @@ def best_and_worst(rows: list[Scored], num_generations: int) -> Answers:
         best, worst = max(group, key=lambda r: r.reward), min(group, key=lambda r: r.reward)
         if best.reward > worst.reward:
             for row in (best, worst):
-                ids = row.completion.ids
-                sequences.append(Sequence(row.prompt.ids, ids, [True] * len(ids), family=row.group, unit=row.group))
+                ids, mask = row.completion.ids, row.completion.sampled
+                sequences.append(Sequence(row.prompt.ids, ids, mask, family=row.group, unit=row.group))
     return Answers(sequences)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.rewards.base import load_function, load_reward
+from tandem.rl.adapter_files import check_adapter_files
+from tandem.rl.chat import completion_text, encode, render, with_system_prompt
 from tandem.rl.columns import Kind, check_columns
 from tandem.rl.config import AlgorithmConfig, Config, DataConfig, EvalConfig, WarmupConfig
 from tandem.rl.console import Console
@@ -19,8 +21,14 @@ from tandem.rl.preference_loss import PreferenceOptions, check_options
 from tandem.rl.preference_step import Answers
 from tandem.rl.prompts import load_prompts
 from tandem.rl.rows import load_rows
+from tandem.rl.samples import Prompt
 from tandem.rl.step import Objective
 from tandem.rl.trainer import TrainingData
+from tandem.rollout.chat_turns import ChatTurns
+from tandem.rollout.engine import RolloutEngine
+from tandem.rollout.environments import Environments
+from tandem.rollout.episodes import EpisodeEngine, EpisodeLimits
+from tandem.rollout.tool_calls import ParsedTurn, choose_format, parse_turn
 
 
 @dataclass
@@ -31,6 +39,7 @@ class Inputs:
     data: TrainingData
     judge: Judge
     objective: Objective
+    environments: Environments | None = None
 
 
 def prepare(config: Config, console: Console) -> Inputs:
@@ -44,6 +53,9 @@ def prepare(config: Config, console: Console) -> Inputs:
     eval_rows = _rows(config.eval, config.eval.dataset_test_split, "eval") if config.eval.dataset_name else None
     warmup_rows = _rows(config.warmup, config.warmup.dataset_train_split, "warmup") if config.warmup.max_steps else None
     kind = _kind(config)
+    environments = _environments(config)
+    if config.environment.factory is not None:
+        train_rows, eval_rows = _with_prompts(train_rows), _with_prompts(eval_rows)
     check_columns(train_rows, kind, "data.dataset_name")
     if eval_rows is not None:
         check_columns(eval_rows, kind, "eval.dataset_name")
@@ -56,18 +68,93 @@ def prepare(config: Config, console: Console) -> Inputs:
         load_reward(s.function, name=s.name, weight=s.weight, kwargs=s.kwargs) for s in config.rewards.reward_funcs
     ]
     objective = _objective(config)
+    if config.lora.init_from:
+        check_adapter_files(config.lora.init_from)
     tokenizer = load_tokenizer(config.model)
     data = TrainingData(warmup=_examples(warmup_rows, tokenizer, config, console))
     if kind == "rl":
-        data.prompts = _prompts(train_rows, tokenizer, config, console)
-        data.eval_prompts = _prompts(eval_rows, tokenizer, config, console)
+        data.prompts = _prompts(train_rows, tokenizer, config, console, environments)
+        data.eval_prompts = _prompts(eval_rows, tokenizer, config, console, environments)
     elif kind == "sft":
         data.examples = _examples(train_rows, tokenizer, config, console)
         data.eval_examples = _examples(eval_rows, tokenizer, config, console)
     else:
         data.answers = _answers(train_rows, tokenizer, config)
         data.eval_answers = None if eval_rows is None else _answers(eval_rows, tokenizer, config)
-    return Inputs(tokenizer, data, Judge(rewards, tokenizer, config.rewards.timeout), objective)
+    judge = Judge(rewards, tokenizer, config.rewards.timeout, on_missing=config.rewards.on_missing)
+    return Inputs(tokenizer, data, judge, objective, environments)
+
+
+def _environments(config: Config) -> Environments | None:
+    """What the config lets the model play with; None: its completions are single turns."""
+    section = config.environment
+    if not section.enabled:
+        return None
+    named: Any = section.factory if isinstance(section.factory, dict) else {None: section.factory}
+    factories = {name: load_function(spec, "environment") for name, spec in named.items() if spec is not None}
+    return Environments(factories, [load_function(spec, "tool") for spec in section.tools], section.kwargs)
+
+
+def _with_prompts(rows: Any) -> Any:
+    """Rows whose prompt the environment's `reset` writes may have none of their own."""
+    if rows is None or "prompt" in rows.column_names:
+        return rows
+    return rows.add_column("prompt", [[{"role": "user", "content": ""}]] * len(rows))
+
+
+def with_environments(
+    engine: RolloutEngine, config: Config, inputs: Inputs, ends: tuple[int, ...], max_length: int
+) -> RolloutEngine:
+    """The engine, or one that plays episodes by it where the config has an environment or tools.
+
+    Args:
+        ends: tokens by which the model ends a turn. max_length: of prompt and completion, in tokens.
+    """
+    environments, section, tokenizer = inputs.environments, config.environment, inputs.tokenizer
+    if environments is None:
+        return engine
+    template = tokenizer.get_chat_template(tools=environments.common_schemas)
+    kind = choose_format(section.tool_format, template) if environments.uses_tools else None
+
+    def render_turns(messages: Any, *, add_generation_prompt: bool, tools: Any) -> str:
+        messages = with_system_prompt(messages, config.data.system_prompt)
+        kwargs = config.model.chat_template_kwargs | ({"tools": tools} if tools else {})
+        return render(tokenizer, messages, add_generation_prompt=add_generation_prompt, kwargs=kwargs)
+
+    def parse(ids: list[int]) -> ParsedTurn:
+        text = completion_text(tokenizer, ids)
+        if kind is None:
+            return ParsedTurn(text)
+        spoken = ids[:-1] if ids and ids[-1] in ends else ids
+        return parse_turn(tokenizer.decode(spoken, clean_up_tokenization_spaces=False), text, kind)
+
+    turns = ChatTurns(
+        render_turns,
+        lambda text: encode(tokenizer, [text], rendered=True)[0],
+        {token: tokenizer.decode([token]) for token in ends},
+        reasons="</think>" in template,
+    )
+    limits = EpisodeLimits(
+        max_turns=section.max_turns,
+        max_turn_tokens=section.max_turn_tokens,
+        max_length=max_length,
+        step_timeout=section.step_timeout,
+        episode_timeout=section.episode_timeout,
+        num_workers=section.num_workers,
+        stop_on_fault=section.on_error == "stop",
+    )
+    return EpisodeEngine(engine, environments, turns, parse, limits)
+
+
+def prepare_replay(config: Config, prompts: list[Prompt], console: Console) -> Inputs:
+    """What a replay of journalled rollouts reads: no data set and no rewards, only a warm-up's examples."""
+    quiet_libraries()
+    warmup_rows = _rows(config.warmup, config.warmup.dataset_train_split, "warmup") if config.warmup.max_steps else None
+    if warmup_rows is not None:
+        check_columns(warmup_rows, "sft", "warmup.dataset_name")
+    tokenizer = load_tokenizer(config.model)
+    data = TrainingData(prompts=prompts, warmup=_examples(warmup_rows, tokenizer, config, console))
+    return Inputs(tokenizer, data, Judge([], tokenizer, config.rewards.timeout), _objective(config))
 
 
 def _kind(config: Config) -> Kind:
@@ -121,9 +208,12 @@ def _answers(rows: Any, tokenizer: Any, config: Config) -> Answers:
     return Answers([sequence for pair in load_preferences(rows, tokenizer, **common) for sequence in pair])
 
 
-def _prompts(rows: Any, tokenizer: Any, config: Config, console: Console) -> list:
+def _prompts(
+    rows: Any, tokenizer: Any, config: Config, console: Console, environments: Environments | None
+) -> list[Prompt]:
     if rows is None:
         return []
+    tools = environments.common_schemas if environments else None
     limit = config.data.max_prompt_length
     if limit is None and config.model.max_length is not None:
         limit = config.model.max_length - config.rollout.max_completion_length
@@ -132,8 +222,11 @@ def _prompts(rows: Any, tokenizer: Any, config: Config, console: Console) -> lis
         tokenizer,
         system_prompt=config.data.system_prompt,
         max_prompt_length=limit,
-        chat_template_kwargs=config.model.chat_template_kwargs,
+        chat_template_kwargs=config.model.chat_template_kwargs | ({"tools": tools} if tools else {}),
     )
+    if environments:
+        for prompt in prompts:
+            environments.check_row(prompt)
     if dropped:
         console.warn(f"{dropped} prompts are longer than {limit} tokens and left out (data.max_prompt_length)")
     return prompts

@@ -50,7 +50,7 @@ def read_rollouts(path: Path) -> list[dict[str, Any]]:
                 record = json.loads(line)
                 if not isinstance(record, dict):
                     raise ValueError(f"line {number} holds {type(record).__name__}, not an object")
-                records.append(_map_strings(record, _unescape))
+                records.append(_map_strings(record, unescaped))
     except (OSError, ValueError) as error:  # JSON and Unicode errors are ValueErrors
         raise UserError(f"cannot read the rollouts in {str(path)!r}: {error}") from error
     return records
@@ -84,7 +84,7 @@ def write_whole(path: Path, content: bytes) -> Path:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return path
 
 
@@ -113,7 +113,7 @@ def _record(step: int, row: Scored) -> dict[str, Any]:
         "reward": _finite(row.reward),
         "advantage": _finite(row.advantage),
     }
-    return _map_strings(record, _escape)
+    return _map_strings(record, escaped)
 
 
 def _finite(value: float | None) -> float | None:
@@ -134,15 +134,17 @@ def _map_strings(node: Any, change: Any) -> Any:
     return node
 
 
-def _escape(text: str) -> str:
+def escaped(text: str) -> str:
+    """Text that every JSON reader takes: lone surrogates in the spelling of this module."""
     return _TO_ESCAPE.sub(lambda match: f"{_ESCAPE}{ord(match[0]):04x}", text)
 
 
-def _unescape(text: str) -> str:
+def unescaped(text: str) -> str:
+    """The text that `escaped` was given."""
     return _ESCAPED.sub(lambda match: chr(int(match[1], 16)), text) if _ESCAPE in text else text
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Bring the rename itself to the disk, where folders can be opened (not on Windows)."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)

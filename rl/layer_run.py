@@ -35,7 +35,7 @@ from tandem.rl.layer_ops import (
 
 # What the layer before has stored comes back while the last group's attention runs, which takes about as long. From
 # these rows on it waits until attention's memory is free: the device then stands still for a hundredth of the time.
-_LATE = 131_072
+LATE_ROWS = 131_072
 
 
 class Attended(NamedTuple):
@@ -130,9 +130,9 @@ class LayerRun:
             grads.finish(block, weights.of(block))
             weights.drop(block)
         rows = h.shape[0]
-        both = self._attention_backward(h, attended, d_output, weights, None if rows >= _LATE else when_free)
+        both = self._attention_backward(h, attended, d_output, weights, None if rows >= LATE_ROWS else when_free)
         del attended, d_output
-        if rows >= _LATE:
+        if rows >= LATE_ROWS:
             when_free()
         linear = weights.of(layer.qkv)
         for t in self.tiles:

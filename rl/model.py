@@ -209,11 +209,12 @@ def _loaded(config: ModelConfig, source: str, device: torch.device, dtype: torch
                 revision=config.revision,
                 dtype=dtype,
                 trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,  # a pickle runs code when it is read
                 attn_implementation=attention,
                 **options,
             )
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a damaged file makes the libraries raise anything; reported with its cause
         raise UserError(
             f"cannot load the model {config.model_name_or_path!r}: {_first_lines(error)}",
             fix="give a hub id, a local folder in Hugging Face's format or pkg://PACKAGE/FILE.gguf; "
@@ -236,7 +237,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a damaged file makes the libraries raise anything; reported with its cause
         raise UserError(
             f"cannot load the tokenizer of {config.model_name_or_path!r}: {_first_lines(error)}",
             fix="the model's folder must hold its tokenizer files (tokenizer.json, tokenizer_config.json)",

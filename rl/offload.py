@@ -17,7 +17,7 @@ BLOCK_BYTES = 16 << 20
 # What a pack may leave on the device between its passes before it goes to host memory.
 STAYS_ON_DEVICE = 512 << 20
 # The share of free memory that what a pack leaves between its passes may take.
-_HOST_SHARE, _DEVICE_SHARE = 0.6, 0.25
+HOST_SHARE, DEVICE_SHARE = 0.6, 0.25
 
 
 def goes_to_host(wanted: bool | None, size: int, device: torch.device) -> bool:
@@ -29,8 +29,8 @@ def fits(wanted: int, device: torch.device | None, *, already: int = 0) -> bool:
     """Whether `wanted` bytes may be kept on `device`, or in host memory (None), of which `already` are taken."""
     if device is not None and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return wanted <= _DEVICE_SHARE * free
-    return wanted <= already + _HOST_SHARE * psutil.virtual_memory().available
+        return wanted <= DEVICE_SHARE * free
+    return wanted <= already + HOST_SHARE * psutil.virtual_memory().available
 
 
 class Stored:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 from tandem.rl.config import Config
-from tandem.rl.plan_devices import Device
+from tandem.rl.plan_devices import CONTEXT, GIB, Device
 from tandem.rl.plan_memory import (
-    CONTEXT,
     FRAGMENTATION,
     LIBRARIES,
     WORKSPACE,
@@ -34,9 +34,16 @@ from tandem.rl.plan_time import Work, step_seconds
 # Prompt tokens that are planned for where neither data.max_prompt_length nor a longest sequence is given.
 ASSUMED_PROMPT = 1024
 MAX_TOKENS = 16384  # of a pack, on a GPU
-_VLLM_IN_FLIGHT = 256
+VLLM_IN_FLIGHT = 256
 # Lengths are searched for up to here, and found to this step.
 _LONGEST, _STEP = 1 << 22, 64
+
+
+class Longest(NamedTuple):
+    """Tokens of the longest sequence that there is to learn from."""
+
+    prompt: int
+    completion: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Ledger:
 
     Attributes:
         prompt, completion: tokens of the longest sequence that is planned for. assumed: the prompt's are a guess.
+        known: the longest sequence, if that was given.
         pack: tokens of the fullest pack.
     """
 
@@ -66,7 +74,12 @@ class Ledger:
     work: Work
     pack: int
     assumed: bool
+    known: Longest | None = None
     _packs: dict[int, Pack] = field(default_factory=dict, repr=False)
+
+    def again(self, config: Config | None = None, device: Device | None = None) -> Ledger:
+        """The plan with another config or card."""
+        return ledger(self.shape, config or self.config, device or self.device, self.known)
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
@@ -91,21 +104,38 @@ class Ledger:
         which `in_flight` (None: as many as wanted and possible) are made at once; None where nothing is generated."""
         if not self.work.generates:
             return None
-        work, count = self.work, in_flight
-        if count is None:
+        if in_flight is None:
             # vLLM lets those wait that its cache has no room for.
-            count = max(min(work.in_flight, self.in_flight), 1) if self.setup.vllm else work.in_flight
+            wanted = self.work.in_flight
+            in_flight = max(min(wanted, self.in_flight), 1) if self.setup.vllm else wanted
+        items = self._generation(in_flight, length)
+        if self.cache is not None:
+            items["KV cache"] = self.cache
+        return _phase(self.fixed | {"workspaces": WORKSPACE} | items)
+
+    def cache_needed(self, in_flight: int, length: int | None = None) -> int:
+        """Bytes of KV cache that so many sequences fill."""
+        return self._generation(in_flight, length)["KV cache"]
+
+    def _generation(self, count: int, length: int | None) -> Items:
+        """Of `count` sequences, beside what is there all the time."""
+        work = self.work
         length = work.length if length is None else length
         completion = min(work.completion, max(length - 1, 1))
-        items = rollout_items(
+        return rollout_items(
             self.setup,
             prompt=max(length - completion, 1),
             completion=completion,
             in_flight=count,
-            # With one sequence in flight there is one prompt; groups share theirs.
-            prompts=min(work.prompts, max(1, -(-count * work.prompts // work.sequences))),
+            # A group has one prompt.
+            prompts=min(work.prompts, -(-count * work.prompts // work.sequences)),
         )
-        return _phase(self.fixed | {"workspaces": WORKSPACE} | items)
+
+    @property
+    def cache(self) -> int | None:
+        """Bytes of vLLM's KV cache, where the config gives its size."""
+        given = self.config.rollout.kv_cache_gib
+        return int(given * GIB) if self.setup.vllm and given is not None else None
 
     @cached_property
     def peak_pack(self) -> Pack:
@@ -151,8 +181,7 @@ class Ledger:
         low, high = 0, 1 << 20
         while low < high:
             middle = (low + high + 1) // 2
-            phase = self.rollout(middle)
-            low, high = (middle, high) if phase is not None and self._inside(phase) else (low, middle - 1)
+            low, high = (middle, high) if self._generates_at_once(middle, self.work.length) else (low, middle - 1)
         return low
 
     def fits(self, tokens: int | None = None) -> bool:
@@ -160,8 +189,11 @@ class Ledger:
         wanted = self.work.length if tokens is None else tokens
         if self.work.generates and not self.setup.vllm and tokens is None and self.in_flight < self.work.in_flight:
             return False
-        whole = self._inside(self.training()) and self._hosts(self.peak_pack)
-        return whole and all(wanted <= limit for limit in self.limits.values())
+        return self.trains() and all(wanted <= limit for limit in self.limits.values())
+
+    def trains(self) -> bool:
+        """Whether the fullest pack fits, on the device and in host memory."""
+        return self._inside(self.training()) and self._hosts(self.peak_pack)
 
     def _trains(self, tokens: int) -> bool:
         return self._inside(self.training(max(tokens, 1)))
@@ -171,8 +203,12 @@ class Ledger:
 
     def _generates(self, tokens: int) -> bool:
         # vLLM lets sequences wait that its cache has no room for; the embedded engine holds all of a wave.
-        phase = self.rollout(1 if self.setup.vllm else self.work.in_flight, tokens)
-        return phase is not None and self._inside(phase)
+        return self._generates_at_once(1 if self.setup.vllm else self.work.in_flight, tokens)
+
+    def _generates_at_once(self, count: int, tokens: int) -> bool:
+        phase = self.rollout(count, tokens)
+        holds = self.cache is None or self.cache_needed(count, tokens) <= self.cache
+        return holds and phase is not None and self._inside(phase)
 
     def _inside(self, phase: Phase) -> bool:
         return phase.bytes <= self.device.memory
@@ -196,26 +232,43 @@ class Ledger:
         return step_seconds(self.setup, work, self.peak_pack, self.pack, self.device)
 
     @property
+    def update_seconds(self) -> float:
+        """Of these, the passes of the update."""
+        return self.seconds["update: forward"] + self.seconds["update: backward"]
+
+    @property
     def kv_bytes_per_token(self) -> int:
         return kv_bytes(self.setup, 1)
 
 
-def ledger(shape: ModelShape, config: Config, device: Device) -> Ledger:
-    """The plan of a run on a card."""
+def ledger(shape: ModelShape, config: Config, device: Device, longest: Longest | None = None) -> Ledger:
+    """The plan of a run on a card.
+
+    Args:
+        longest: the longest sequence of the data, where it is known; else what the config says of lengths counts.
+    """
     setup = setup_of(shape, config)
-    work, assumed = _work(shape, config, setup)
+    work, assumed = _work(shape, config, setup, longest)
     batch = max(work.tokens // max(config.train.steps_per_generation, 1), work.length)
     pack = max(work.length, min(config.train.max_tokens or MAX_TOKENS, batch))
-    return Ledger(shape, config, device, setup, work, pack, assumed)
+    return Ledger(shape, config, device, setup, work, pack, assumed, longest)
 
 
-def _work(shape: ModelShape, config: Config, setup: Setup) -> tuple[Work, bool]:
+def changed(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
+    """The config with some values replaced, by section."""
+    sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
+    return config.model_copy(update=sections)
+
+
+def _work(shape: ModelShape, config: Config, setup: Setup, longest: Longest | None) -> tuple[Work, bool]:
     rollout, train, algorithm = config.rollout, config.train, config.algorithm
     limit = min(config.model.max_length or shape.max_length, shape.max_length)
     generates = config.uses_rollouts
     completion = rollout.max_completion_length
     bound = rollout.max_model_len if setup.vllm and rollout.max_model_len else config.model.max_length
     prompt = config.data.max_prompt_length or (bound - completion if bound and bound > completion else None)
+    if longest is not None:
+        prompt, completion = longest.prompt, completion if generates else longest.completion
     assumed = prompt is None
     prompt = max(1, min(prompt or ASSUMED_PROMPT, limit - completion if limit > completion else limit))
     if generates:
@@ -228,7 +281,7 @@ def _work(shape: ModelShape, config: Config, setup: Setup) -> tuple[Work, bool]:
     learned = 2 * prompts if algorithm.name == "online_dpo" else sequences
     many = algorithm.num_iterations * train.steps_per_generation > 1
     reference = algorithm.beta > 0 if algorithm.name == "grpo" else algorithm.name in ("dpo", "online_dpo")
-    waves = _VLLM_IN_FLIGHT if setup.vllm else sequences
+    waves = VLLM_IN_FLIGHT if setup.vllm else sequences
     return (
         Work(
             sequences=sequences,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tandem.rl.config import Config
-from tandem.rl.plan import MAX_TOKENS, Ledger, Phase, ledger
+from tandem.rl.plan import MAX_TOKENS, Ledger, Phase, changed
 from tandem.rl.plan_devices import DEVICES, Device
+from tandem.rl.plan_sizing import choose_sizes
 
 # Changes that shorten what is planned for, and those that cost quality.
 _SHORTER = ("rollout.max_completion_length", "model.max_length")
@@ -73,20 +73,16 @@ def candidates(plan: Ledger) -> list[tuple[str, dict[str, Any]]]:
     return [(f"{s}.{k}={_written(v)}", {s: {k: v}}) for s, k, v in found]
 
 
-def changed(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
-    """The config with some values replaced."""
-    sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
-    return config.model_copy(update=sections)
-
-
 def try_changes(plan: Ledger) -> list[Change]:
-    """Every single change, the one that buys most first: whether all fits, then length, then sequences at once, then
-    memory. A shorter completion is no gain in length, so it comes only where nothing else fits."""
+    """Every single change, the one that buys most first: whether all fits (with sizes chosen where the config leaves
+    them open), then length, then sequences at once, then memory. A shorter completion is no gain in length, so it comes
+    only where nothing else fits."""
     tried = [_tried(plan, name, changes) for name, changes in candidates(plan)]
-    kept = [one for one in tried if plan.fits() or one.fits or not _shortens(one.setting)]
+    fits = _sized(plan).fits()
+    kept = [one for one in tried if fits or one.fits or not _shortens(one.setting)]
     now = plan.training().bytes + _bytes(plan.rollout())
     return sorted(
-        (one for one in kept if not (plan.fits() and _shortens(one.setting))),
+        (one for one in kept if not (fits and _shortens(one.setting))),
         key=lambda one: (not one.fits, -one.longest, -one.in_flight, one.training + one.rollout - now),
     )
 
@@ -95,7 +91,7 @@ def smallest_change(plan: Ledger) -> list[str]:
     """Settings that make a plan fit that does not: the first single change that does, in the order of what it costs, or
     several, each halving something, until it fits. Empty where nothing helps."""
     for name, changes in candidates(plan):
-        if _tried(plan, name, changes).fits:
+        if plan.again(changed(plan.config, changes)).fits():
             return [name]
     # First without those that cost quality: a shorter answer, a lower rank, weights in 4 bits.
     for dear in (False, True):
@@ -109,7 +105,7 @@ def _halved(plan: Ledger, *, dear: bool) -> list[str]:
     settings: dict[str, str] = {}
     while not plan.fits():
         options = [one for one in candidates(plan) if dear or not one[0].startswith(_DEAR)]
-        after = [(name, ledger(plan.shape, changed(plan.config, change), plan.device)) for name, change in options]
+        after = [(name, plan.again(changed(plan.config, change))) for name, change in options]
         name, best = min(after, key=lambda one: _need(one[1]), default=("", plan))
         if _need(best) >= _need(plan):
             return []
@@ -122,20 +118,25 @@ def smallest_card(plan: Ledger) -> Device | None:
     """The card of least memory on which the plan fits as it is."""
     cards = sorted(DEVICES.values(), key=lambda one: one.memory_gib)
     with_host = (replace(card, host_gib=plan.device.host_gib) for card in cards)
-    return next((card for card in with_host if ledger(plan.shape, plan.config, card).fits()), None)
+    return next((card for card in with_host if plan.again(device=card).fits()), None)
 
 
 def _tried(plan: Ledger, name: str, changes: dict[str, dict[str, Any]]) -> Change:
-    after = ledger(plan.shape, changed(plan.config, changes), plan.device)
+    after = plan.again(changed(plan.config, changes))
     return Change(
         setting=name,
-        fits=after.fits(),
+        fits=_sized(after).fits(),
         longest=after.longest,
         in_flight=after.in_flight,
         training=after.training().bytes,
         rollout=_bytes(after.rollout()),
         seconds=sum(after.seconds.values()),
     )
+
+
+def _sized(plan: Ledger) -> Ledger:
+    """With sizes that the config leaves open."""
+    return choose_sizes(plan.shape, plan.config, plan.device, longest=plan.known).plan
 
 
 def _need(plan: Ledger) -> float:

@@ -8,22 +8,24 @@ from typing import Any
 from tandem.rl.config import Config
 from tandem.rl.console import Console
 from tandem.rl.errors import UserError
-from tandem.rl.plan import Ledger, ledger
+from tandem.rl.plan import Ledger
 from tandem.rl.plan_changes import Change, smallest_card, smallest_change, try_changes
 from tandem.rl.plan_devices import GIB, Device, find_device, local_device
 from tandem.rl.plan_shape import read_shape
+from tandem.rl.plan_sizing import Sizing, choose_sizes
 
 _SHOWN_CHANGES = 6
 
 
-def plan(config: Config, *, gpu: str | None, host_gib: float | None, as_json: bool, console: Console) -> Ledger:
-    """Print the plan of a run on a card: the one named, or the one that is here.
+def plan(config: Config, *, gpu: str | None, host_gib: float | None, as_json: bool, console: Console) -> Sizing:
+    """Print the plan of a run on a card: the one named, or the one that is here. Sizes that the config leaves open are
+    chosen as a run would choose them there.
 
     Raises:
         UserError: the card is unknown, or the model's config cannot be read.
     """
     device = _device(gpu, host_gib)
-    made = ledger(read_shape(config.model), config, device)
+    made = choose_sizes(read_shape(config.model), config, device)
     if as_json:
         print(json.dumps(as_dict(made), indent=1))
         return made
@@ -31,8 +33,9 @@ def plan(config: Config, *, gpu: str | None, host_gib: float | None, as_json: bo
     return made
 
 
-def as_dict(plan: Ledger) -> dict[str, Any]:
+def as_dict(sizing: Sizing) -> dict[str, Any]:
     """Everything in the plan as plain values: bytes, tokens, seconds."""
+    plan, free = sizing.plan, sizing.free
     rollout = plan.rollout()
     return {
         "device": {
@@ -55,36 +58,45 @@ def as_dict(plan: Ledger) -> dict[str, Any]:
             "host": plan.host,
             "kv_bytes_per_token": plan.kv_bytes_per_token if plan.work.generates else None,
         },
-        "longest": plan.longest,
-        "limits": plan.limits,
-        "binding": plan.binding,
-        "in_flight": {"wanted": plan.work.in_flight, "fits": plan.in_flight} if plan.work.generates else None,
+        "chosen": sizing.chosen,
+        "longest": free.longest,
+        "limits": free.limits,
+        "binding": free.binding,
+        "in_flight": {"wanted": free.work.in_flight, "fits": free.in_flight} if free.work.generates else None,
         "seconds": plan.seconds,
-        "changes": [vars(change) for change in try_changes(plan)],
+        "changes": [vars(change) for change in _changes(sizing)],
         "smallest_change": [] if plan.fits() else smallest_change(plan),
     }
 
 
-def show(plan: Ledger, console: Console) -> None:
+def show(sizing: Sizing, console: Console) -> None:
     """The plan as tables, and in a sentence whether it fits."""
+    plan, free = sizing.plan, sizing.free
     console.note(_subject(plan))
     console.table("Device memory, GiB", _memory_rows(plan), ("", "rollout", "training"))
     console.note(f"The peak of training is at: {plan.peak_pack.moment}, with a pack of {plan.pack:,} tokens.")
-    console.table("What fits", _limit_rows(plan))
+    if sizing.chosen:
+        console.note(f"Sizes that the config leaves open, as a run chooses them here: {sizing}")
+    console.table("What fits", _limit_rows(free))
     console.table(
         f"Seconds a step, estimated (all sequences of full length; {plan.work.learned:,} to learn from)",
         _second_rows(plan),
         ("", "seconds", "share"),
     )
-    changes = try_changes(plan)
+    changes = _changes(sizing)
     if changes:
         header = ("", "fits", "longest sequence", "at once", "peak, GiB", "seconds")
         now = Change(
-            "as it is", plan.fits(), plan.longest, plan.in_flight, plan.training().bytes, _rollout(plan), _total(plan)
+            "as it is", plan.fits(), free.longest, free.in_flight, free.training().bytes, _rollout(free), _total(free)
         )
         rows = [_change_row(change, plan) for change in (now, *changes[:_SHOWN_CHANGES])]
         console.table("What one change would buy", rows, header)
-    console.note(_verdict(plan))
+    console.note(verdict(plan))
+
+
+def _changes(sizing: Sizing) -> list[Change]:
+    """But for what is chosen anyway."""
+    return [one for one in try_changes(sizing.free) if one.setting.partition("=")[0] not in sizing.chosen]
 
 
 def _device(gpu: str | None, host_gib: float | None) -> Device:
@@ -159,7 +171,19 @@ def _change_row(change: Change, plan: Ledger) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _verdict(plan: Ledger) -> str:
+def summary(plan: Ledger) -> str:
+    """What a run will take, in a sentence."""
+    slow = max(plan.seconds, key=lambda name: plan.seconds[name])
+    rollout = f", a rollout at {_gib(_rollout(plan))}" if plan.work.generates else ""
+    host = f", with {_gib(size)} GiB of host memory" if (size := sum(plan.host.values())) else ""
+    return (
+        f"by the plan training peaks at {_gib(plan.training().bytes)} GiB{rollout}{host}; a step of full length takes "
+        f"{_seconds(_total(plan))} s, of which {plan.seconds[slow] / _total(plan):.0%} in {slow}"
+    )
+
+
+def verdict(plan: Ledger) -> str:
+    """Whether it fits, and if not, why, and what would help."""
     if plan.fits():
         slow = max(plan.seconds, key=lambda name: plan.seconds[name])
         text = f"It fits. {plan.binding[0].upper()}{plan.binding[1:]} is the first limit; most time goes to {slow}."

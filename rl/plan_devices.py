@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from tandem.rl.errors import UserError
 
 GIB = 1 << 30
+# A bare CUDA context, measured on an H100.
+CONTEXT = GIB // 2
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def find_device(name: str, *, host_gib: float | None = None) -> Device:
     )
 
 
-def local_device(*, host_gib: float | None = None) -> Device:
+def local_device(*, index: int = 0, host_gib: float | None = None) -> Device:
     """The card in this machine: its own memory, and the rates of its row in the table or of the nearest in memory.
 
     Raises:
@@ -107,7 +109,7 @@ def local_device(*, host_gib: float | None = None) -> Device:
         raise UserError(
             "there is no GPU here to plan for", fix=f"name a card: --gpu {' | '.join(DEVICES)}, or its memory in GiB"
         )
-    properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(index)
     total = properties.total_memory / GIB
     key = _key(properties.name)
     if key == "a100" and total < 60:
@@ -115,6 +117,23 @@ def local_device(*, host_gib: float | None = None) -> Device:
     row = DEVICES.get(key) or min(DEVICES.values(), key=lambda one: abs(one.memory_gib - total))
     label = properties.name if key in DEVICES else f"{properties.name}, rates of the {row.name}"
     return replace(row, name=label, memory_gib=total, host_gib=host_gib)
+
+
+def gpu_here() -> Device | None:
+    """This process's card with the memory that is free on it, and the host memory that is free for this process; None
+    where there is no GPU."""
+    import psutil
+    import torch
+
+    from tandem.rl import distributed
+
+    if not torch.cuda.is_available():
+        return None
+    index = distributed.local_rank()
+    free, _ = torch.cuda.mem_get_info(index)
+    here = local_device(index=index, host_gib=psutil.virtual_memory().available / GIB / distributed.world_size())
+    # This process's own context is on the card by now, and in the plan.
+    return replace(here, memory_gib=min(here.memory_gib, (free + CONTEXT) / GIB))
 
 
 def _key(name: str) -> str:

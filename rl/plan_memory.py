@@ -10,16 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tandem.rl.checkpoint_offload import STAYS_ON_DEVICE
 from tandem.rl.config import Config
 from tandem.rl.fused_layer import Plan
-from tandem.rl.layer_run import _LATE
-from tandem.rl.offload import _DEVICE_SHARE, _HOST_SHARE, BLOCK_BYTES
-from tandem.rl.plan_devices import GIB, Device
+from tandem.rl.layer_run import LATE_ROWS
+from tandem.rl.offload import BLOCK_BYTES, DEVICE_SHARE, HOST_SHARE, STAYS_ON_DEVICE
+from tandem.rl.plan_devices import CONTEXT, GIB, Device
 from tandem.rl.plan_shape import AdapterShape, Linear, ModelShape, Projections, adapter_shape
 
-# Beside torch's allocator, measured on an H100: a bare CUDA context, and the kernels that libraries load into it.
-CONTEXT, LIBRARIES = GIB // 2, int(0.33 * GIB)
+# Beside torch's allocator and the bare context, measured on an H100: the kernels that libraries load.
+LIBRARIES = int(0.33 * GIB)
 # Inside it: workspaces of cuBLAS and cuDNN, norms in several types, and other things of no size.
 WORKSPACE = int(0.12 * GIB)
 # vLLM beside weights, adapter and KV cache: graphs, activations of a prefill, logits of a batch; without graphs less.
@@ -150,6 +149,8 @@ def rollout_items(setup: Setup, *, prompt: int, completion: int, in_flight: int,
     shape, width, tokens = setup.shape, setup.width, prompt + completion
     cache = in_flight * kv_bytes(setup, tokens)
     if setup.vllm:
+        # Completions of a group read one copy of their prompt's.
+        cache = prompts * kv_bytes(setup, prompt) + in_flight * kv_bytes(setup, completion)
         rank = next((r for r in _VLLM_RANKS if r >= setup.adapter.rank), setup.adapter.rank)
         return {
             "adapter's copy in the engine": setup.adapter.elements // setup.adapter.rank * rank * 2,
@@ -238,9 +239,9 @@ def _saves(setup: Setup, left: int, on_host: bool, device: Device | None) -> boo
     if device is None:
         return True
     if on_host:
-        return device.host is None or left <= _HOST_SHARE * device.host
+        return device.host is None or left <= HOST_SHARE * device.host
     free = device.memory - CONTEXT - LIBRARIES - WORKSPACE - sum(weight_items(setup).values())
-    return left <= _DEVICE_SHARE * (free - adapter_bytes(setup.adapter))
+    return left <= DEVICE_SHARE * (free - adapter_bytes(setup.adapter))
 
 
 @dataclass(frozen=True)
@@ -298,7 +299,7 @@ class _Moments:
             "a layer's weights": again + mlp, "tile": tile_rows * e * tile,
             "sums of the adapter's gradients": self._sums(blocks.output, blocks.gate_up, blocks.down),
         }  # fmt: skip
-        early = self._returning(number) if rows < _LATE else 0
+        early = self._returning(number) if rows < LATE_ROWS else 0
         part = (q + k) + (q + 2 * k)
         if self.groups > 1:
             part += 2 * q  # attention's output and gradient lie apart by heads and are copied

@@ -112,23 +112,27 @@ class AdapterShape:
 
     def rank_of(self, block: tuple[Linear, ...]) -> int:
         """Columns that a block's adapters take in a fused layer's buffers."""
-        from tandem.kernels.lora_linear import _RANK_MULTIPLE
+        from tandem.kernels.lora_linear import padded_rank
 
-        total = self.rank * sum(one.name in self.names for one in block)
-        return -(-total // _RANK_MULTIPLE) * _RANK_MULTIPLE
+        return padded_rank(self.rank * sum(one.name in self.names for one in block))
 
 
 def read_shape(config: ModelConfig) -> ModelShape:
     """The shape of `model.model_name_or_path`: a folder, a hub id, or a GGUF file, which is converted as for a run.
+
+    Much used hub ids are known here (`plan_models`); nothing is asked of a hub for them.
 
     Raises:
         UserError: there is no such model, or transformers does not know its kind.
     """
     from transformers import AutoConfig
 
+    from tandem.rl.plan_models import MODELS
     from tandem.rl.weights import resolve_model
 
     source = resolve_model(config.model_name_or_path)
+    if source in MODELS and config.revision is None:
+        return shape_of(AutoConfig.for_model(**MODELS[source]))
     try:
         found = AutoConfig.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code

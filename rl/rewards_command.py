@@ -7,6 +7,8 @@ data set that holds the known answers.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import statistics
 import subprocess
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tandem.rewards.base import load_reward
+from tandem.rewards.base import Reward, load_reward
 from tandem.rewards.call import Call, Row, TrainerState
 from tandem.rewards.completion import completion_text
 from tandem.rewards.compose import call_all
@@ -86,6 +88,37 @@ def show_rewards(config: Config, console: Console, *, on: Path | None, answers: 
     for error in faults.values():
         console.warn(str(error))
     return not faults
+
+
+def show_protections(rewards: Sequence[Reward], console: Console) -> None:
+    """What the sandbox protects from on this machine, where a reward uses it; otherwise nothing."""
+    users = [reward.name for reward in rewards if uses_sandbox(reward)]
+    if not users:
+        return
+    from tandem.rewards.sandbox_check import protections
+
+    found = protections()
+    console.table(
+        f"Sandbox of {', '.join(users)}",
+        [(p.name, "in force" if p.in_force else "missing", p.why) for p in found],
+        header=("protection", "", "what it does, or why it is missing"),
+    )
+    if any(not p.in_force for p in found if p.name.startswith("attempt:")):
+        console.warn("a program in the sandbox got at something outside it; see the table")
+
+
+def uses_sandbox(reward: Reward) -> bool:
+    """Whether the module that defines the function has taken something from the sandbox or from `code_tests`."""
+    function = reward.function
+    while isinstance(function, functools.partial):
+        function = function.func
+    module = sys.modules.get(getattr(inspect.unwrap(function), "__module__", None) or type(function).__module__)
+    origins = {
+        str(getattr(value, attribute, ""))
+        for value in (vars(module) if module else {}).values()
+        for attribute in ("__module__", "__name__")
+    }
+    return any(origin.startswith(("tandem.rewards.sandbox", "tandem.rewards.code_tests")) for origin in origins)
 
 
 def watch(command: Sequence[str], config: Config, files: Sequence[Path], console: Console) -> None:

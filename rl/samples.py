@@ -21,12 +21,14 @@ class Prompt:
         ids: token ids that the engine continues.
         prompt: the row's `prompt` as the user wrote it, a string or a list of messages; rewards receive it.
         columns: the row's other columns; rewards receive them by name.
+        limit: most tokens of its completions, where that is fewer than `Sampling.max_completion_length`.
     """
 
     index: int
     ids: list[int]
     prompt: str | Messages
     columns: dict[str, Any] = field(default_factory=dict)
+    limit: int | None = None
 
     @property
     def conversational(self) -> bool:
@@ -44,6 +46,8 @@ class Sampling:
         top_p: nucleus mass, 1.0 = off. top_k: 0 = off. Both renormalise, and the log-probs are those of the
             renormalised distribution.
         stop_token_ids: ids that end a completion; the stop token belongs to the completion.
+        stop: texts that end a completion where they appear in it, special tokens left out; the token that completes
+            such a text is the completion's last one, whatever else it holds.
         seed: with the prompt's index and the number of the completion it seeds that completion's own random stream.
     """
 
@@ -54,6 +58,36 @@ class Sampling:
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass
+class Episode:
+    """How a completion of several turns came about.
+
+    Attributes:
+        messages: everything after the prompt: the assistant's turns and what came back, as rewards receive it.
+        turns: of the assistant. calls: tool calls in them; failed_calls: those answered by an error.
+        turn_rewards: what the environment gave for each turn; None where it gave nothing.
+        reward: the environment's own reward for the episode; None: it has none, or the episode broke off.
+        ending: done (by the environment, or a turn without a tool call), tokens, turns, time (limits), or error.
+        environment: the object that played it, for rewards that look at its state; it stays in its process.
+    """
+
+    messages: Messages = field(default_factory=list)
+    turns: int = 0
+    calls: int = 0
+    failed_calls: int = 0
+    turn_rewards: list[float | None] = field(default_factory=list)
+    reward: float | None = None
+    ending: str = "done"
+    environment: Any = None
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the environment, as plain data; `Episode(**record)` is its reverse."""
+        return {**self.__dict__, "environment": None}
+
+    __getstate__ = record
 
 
 @dataclass
@@ -61,14 +95,31 @@ class Completion:
     """One sampled continuation.
 
     Attributes:
-        ids: sampled token ids, the stop token included when there was one.
-        log_probs: log-probability of each id under the distribution that it was drawn from, same length as `ids`.
+        ids: token ids after the prompt, the stop token included when there was one.
+        log_probs: log-probability of each id under the distribution that it was drawn from, same length as `ids`; 0
+            where it was not sampled.
         truncated: ended by the length limit, not by a stop token.
+        mask: which of `ids` the policy sampled (the others are tool output and user turns); None: all.
+        episode: how it came about, where an environment or tools took part.
     """
 
     ids: list[int]
     log_probs: list[float]
     truncated: bool
+    mask: list[bool] | None = None
+    episode: Episode | None = None
+
+    def __post_init__(self) -> None:
+        assert self.mask is None or len(self.mask) == len(self.ids)
+
+    @property
+    def sampled(self) -> list[bool]:
+        """`mask`, spelt out."""
+        return [True] * len(self.ids) if self.mask is None else self.mask
+
+    @property
+    def num_sampled(self) -> int:
+        return len(self.ids) if self.mask is None else sum(self.mask)
 
 
 @dataclass

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -24,8 +25,28 @@ def _finite_float(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_finite_float), Field(allow_inf_nan=False)]
 
 
+def _kinds(field: FieldInfo) -> set[Any]:
+    """The plain types in a field's type."""
+    found, left = set(), [field.annotation]
+    while left:
+        kind = left.pop()
+        found.add(kind)
+        left += get_args(kind)
+    return found
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic reads `true` as 1; whoever writes it means something else."""
+        if isinstance(value, bool):
+            kinds = _kinds(cls.model_fields[info.field_name or ""])
+            if {int, float} & kinds and not {bool, Any} & kinds:
+                raise ValueError("a number is needed here, not true or false")
+        return value
 
 
 class ModelConfig(Section):
@@ -63,7 +84,7 @@ class LoraConfig(Section):
     """Scale numerator (scale = alpha / r); None: 2 × r."""
     lora_dropout: Fraction = 0.0
     """Dropout on the adapter's input; 0 in RL, where it makes trainer and rollout policies differ."""
-    target_modules: str | list[str] = "all-linear"
+    target_modules: Annotated[str | list[str], Field(min_length=1)] = "all-linear"
     """Module names, or all-linear for every linear layer except the head."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
@@ -119,12 +140,15 @@ class RolloutConfig(Section):
     """Sample among the k likeliest tokens; 0: off. Log-probs are renormalised likewise."""
     stop_token_ids: list[int] = Field(default_factory=list)
     """Further token ids that end a completion, beside the model's own end tokens."""
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Texts that end a completion, which includes them, as vLLM's `stop`; found wherever they stand in its text."""
     max_in_flight: Positive | None = None
-    """Completions generated at once; None: the whole batch (vllm: 256)."""
+    """Completions generated at once; None: the whole batch, on a GPU as many as fit by the plan (vllm: 256 at most)."""
     max_model_len: Positive | None = None
     """vllm: longest prompt with completion in tokens; None: what the data's prompts and max_completion_length need."""
     kv_cache_gib: Annotated[Number, Field(gt=0)] | None = None
-    """vllm: size of the KV cache, given back between rollouts; None: what the batch needs, or what is free."""
+    """vllm: size of the KV cache, given back between rollouts; None: what the batch needs, or by the plan
+    is free."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """vllm: fp8 halves the KV cache and adds mismatch with the trainer: keep algorithm.rollout_correction on."""
     enforce_eager: bool = False
@@ -309,7 +333,8 @@ class TrainConfig(Section):
     per_device_train_batch_size: Positive = 16
     """SFT: examples per optimiser step; dpo: pairs (or labelled answers)."""
     max_tokens: Positive | None = None
-    """Tokens per pack (micro-batch), a limit on memory and never on the loss; None: 16384 on a GPU, 4096 on a CPU."""
+    """Tokens per pack (micro-batch), a limit on memory and never on the loss; None: on a GPU 16384,
+    fewer where the plan says that this does not fit, and no fewer than the longest sequence; 4096 on a CPU."""
     share_prefix: bool = True
     """Compute a group's prompt once per pack for all its completions (exact gradients, fewer tokens)."""
     logprob_chunk_size: Positive = 1024
@@ -321,8 +346,8 @@ class TrainConfig(Section):
     """Run packs through layers with a hand-written backward pass, which need a fraction of the memory; None: on a GPU,
     where the model's family is described."""
     offload_activations: bool | None = None
-    """Keep what the backward pass needs of each layer in host memory; None: on a GPU, for packs that would otherwise
-    leave more than 512 MiB."""
+    """Keep what the backward pass needs of each layer in host memory; None: on a GPU where the plan
+    says that it does not fit otherwise, or is slower."""
     mlp_tile_rows: Positive = 4096
     """Fused layers: rows that pass the MLP at a time."""
     kv_head_groups: Positive | None = None
@@ -355,6 +380,8 @@ class OptimConfig(Section):
     """Second-moment decay."""
     adam_epsilon: Annotated[Number, Field(gt=0)] = 1e-8
     """Denominator term."""
+    max_skipped_updates: Positive = 10
+    """An update whose gradient is not finite is left out; after so many in a row the run stops and says why."""
 
 
 class EvalConfig(Section):
@@ -412,7 +439,10 @@ class CheckpointConfig(Section):
     save_steps: NonNegative = 50
     """Every so many steps; 0: only at the end and when stopped."""
     save_total_limit: Positive | None = 2
-    """Keep the newest so many; None: all."""
+    """Keep the newest so many; None: all. Where the newest is damaged, a run goes on from the one before."""
+    journal: bool = True
+    """Bring every rollout to the disk (`journal.jsonl`) before anything is learned from it, so that an interrupted run
+    does not generate it again and `rl-train replay` can learn from it anew."""
 
 
 class ParityConfig(Section):

@@ -15,7 +15,7 @@ from tandem.kernels.packed_attention import Family, PackLayout
 from tandem.rl.config import AlgorithmConfig
 from tandem.rl.metrics import How, Meter
 from tandem.rl.model import LanguageModel
-from tandem.rl.packing import Pack
+from tandem.rl.packing import Pack, pack
 from tandem.rl.policy_loss import LossValue, PolicyTokens, policy_loss, token_weights
 from tandem.rl.rollout_correction import correction_weights
 from tandem.rl.samples import Sequence
@@ -253,3 +253,9 @@ def split_evenly(batch: PolicyBatch, parts: int, num_generations: int) -> Iterat
     borders = [groups * i // parts * num_generations for i in range(parts + 1)]
     for start, end in pairwise(borders):
         yield batch.subset(list(range(start, end)))
+
+
+def supervised_loss(lm: LanguageModel, examples: list[Sequence], max_tokens: int, head: HeadOptions) -> float:
+    """Mean cross-entropy over all scored tokens, nats per token."""
+    parts, _ = sequence_log_probs(lm, pack(examples, max_tokens), len(examples), head)
+    return -float(torch.cat(parts).double().mean())

@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 
 from tandem.rl import distributed
-from tandem.rl.checkpoint import State, save_checkpoint
+from tandem.rl.checkpoint import State, save_checkpoint, save_final_adapter
 from tandem.rl.config import Config
 from tandem.rl.console import Console
-from tandem.rl.evaluate import Judge, eval_sampling, evaluate, training_sampling
-from tandem.rl.experience import best_and_worst, in_order, kl_penalties, policy_batch, signal_indices, with_advantages
+from tandem.rl.divergence import divergence_error
+from tandem.rl.evaluate import Judge, eval_sampling, evaluate
+from tandem.rl.experience import best_and_worst, kl_penalties, policy_batch, signal_indices, with_advantages
 from tandem.rl.journal import write_rollouts
-from tandem.rl.lora import save_adapter, trainable
-from tandem.rl.metrics import Meter, rollout_metrics
+from tandem.rl.lora import trainable
+from tandem.rl.metrics import Meter
 from tandem.rl.model import LanguageModel, with_sampling
 from tandem.rl.optim import apply_gradients, learning_rate
 from tandem.rl.packing import Pack, pack
@@ -40,6 +41,8 @@ from tandem.rl.preference_step import (
 )
 from tandem.rl.prompts import PromptSampler
 from tandem.rl.reference_cache import cached_log_probs
+from tandem.rl.rollout_journal import RolloutJournal
+from tandem.rl.rollout_source import RolloutSource
 from tandem.rl.samples import Prompt, Scored, Sequence
 from tandem.rl.step import (
     Objective,
@@ -48,6 +51,7 @@ from tandem.rl.step import (
     sequence_log_probs,
     split_evenly,
     supervised_backward,
+    supervised_loss,
 )
 from tandem.rl.step_time import StepClock
 from tandem.rl.trackers import Trackers
@@ -78,6 +82,7 @@ class Trainer:
 
     Args:
         should_stop: asked after every step; True ends the run with a checkpoint.
+        journal: takes every rollout before it is learned from, and gives those that were not yet; None: none is kept.
     """
 
     def __init__(
@@ -96,6 +101,7 @@ class Trainer:
         console: Console,
         should_stop: Callable[[], bool],
         objective: Objective = policy_loss,
+        journal: RolloutJournal | None = None,
     ) -> None:
         self._config, self._run_dir = config, run_dir
         self._lm, self._engine, self._data, self._judge = lm, engine, data, judge
@@ -110,6 +116,16 @@ class Trainer:
         self._sampler = PromptSampler(data.num_rows, seed=config.seed, shuffle=config.data.shuffle_dataset)
         self._preferences = PreferenceOptions(**config.preference.model_dump(exclude={"loss_type"}))
         self._clock = StepClock(torch.cuda.synchronize if lm.device.type == "cuda" else None, on_part=console.part)
+        self._rollouts = RolloutSource(
+            config,
+            data.prompts,
+            sampler=self._sampler,
+            engine=engine,
+            judge=judge,
+            stop_token_ids=stop_token_ids,
+            clock=self._clock,
+            journal=journal,
+        )
         self._parity = ParityGate(lm, config, self._head, engine=engine.name)
         self.total_steps = total_steps(config, data.num_rows)
         judge.max_steps = self.total_steps
@@ -139,6 +155,7 @@ class Trainer:
                 with self._clock.part("log"):
                     self._trackers.log(state.step, metrics)
                     self._console.step(state.step, metrics)
+            self._stop_if_nothing_is_learned(metrics)
             if config.eval.eval_steps and self._due(before, config.eval.eval_steps):
                 with self._clock.part("evaluate"):
                     self._evaluate()
@@ -151,7 +168,7 @@ class Trainer:
             self._evaluate()
         self._save()
         if distributed.is_main():
-            save_adapter(self._lm, self._run_dir / "adapter")
+            save_final_adapter(self._run_dir, self._lm)
         return finished
 
     def _warm_up(self) -> bool:
@@ -170,7 +187,9 @@ class Trainer:
             rows = sampler.take(state.warmup_step * batch, batch)
             self._supervised_update([self._data.warmup[i] for i in rows], warmup.learning_rate, meter)
             state.warmup_step += 1
-            self._console.step(state.warmup_step, self._merged(meter))
+            metrics = self._merged(meter)
+            self._console.step(state.warmup_step, metrics)
+            self._stop_if_nothing_is_learned(metrics)
         self._console.stop()
         # RL starts with moments of its own: the two objectives' gradients have nothing to do with each other.
         self._optimizer.state.clear()
@@ -181,7 +200,7 @@ class Trainer:
     def _policy_iteration(self) -> dict[str, float]:
         """One rollout batch and its optimiser steps."""
         config, algorithm, meter = self._config, self._config.algorithm, Meter()
-        rows, measured = self._rollout()
+        rows, measured = self._rollouts.next(self._state)
         batch = policy_batch(rows, mask_truncated=algorithm.mask_truncated_completions)
         with self._clock.part("log_probs", device=True):
             batch = self._with_stored_log_probs(batch)
@@ -199,7 +218,7 @@ class Trainer:
     def _online_iteration(self) -> dict[str, float]:
         """One rollout batch and one step of preference tuning on the best and the worst of every group."""
         meter = Meter()
-        rows, measured = self._rollout()
+        rows, measured = self._rollouts.next(self._state)
         measured |= self._compared_apart(rows)
         answers = best_and_worst(rows, self._config.rollout.num_generations)
         with self._clock.part("log_probs", device=True):
@@ -208,29 +227,6 @@ class Trainer:
         self._preference_update(answers, meter)
         self._finish_rollout(with_advantages(rows, self._config))
         return measured | with_margins(self._merged(meter))
-
-    def _rollout(self) -> tuple[list[Scored], dict[str, float]]:
-        """Completions for the next prompts, scored, and what there is to say of them."""
-        config, state = self._config, self._state
-        prompts = [self._data.prompts[i] for i in self._sampler.take(state.position, config.prompts_per_rollout)]
-        sampling = training_sampling(config, self._stop_token_ids, config.seed * 1_000_003 + state.position)
-        own = [prompt for i, prompt in enumerate(prompts) if distributed.owned(i)]
-        with self._clock.part("wake"):
-            self._engine.wake()
-        with self._clock.part("generate"):
-            groups = self._engine.generate(own, sampling)
-        with self._clock.part("sleep", device=True):
-            self._engine.sleep()
-        with self._clock.part("reward"):
-            scores = self._judge(groups, state.step)
-        rows = in_order(distributed.gather(scores.rows), config.rollout.num_generations)
-        state.position += len(prompts)
-        # What rewards logged themselves is averaged over ranks; what is known of all rows is taken from them.
-        logged = Meter()
-        for part in distributed.gather(scores.metrics):
-            for name, value in part.items():
-                logged.add(name, value)
-        return rows, logged.result() | rollout_metrics(rows)
 
     def _finish_rollout(self, rows: list[Scored]) -> None:
         """Hand the new adapter to the engine and keep the completions that it was learned from."""
@@ -289,7 +285,7 @@ class Trainer:
             result = self._parity.compare(batch, own, step=step, place=f"at step {step + 1}", kept=kept)
         if result.failure is not None:
             if stop:
-                self._state.position -= config.prompts_per_rollout
+                self._rollouts.forget(self._state)
                 if distributed.is_main():
                     write_rollouts(self._run_dir, step + 1, rows)
                 self._save()
@@ -414,11 +410,22 @@ class Trainer:
             norm = apply_gradients(
                 self._optimizer, self._parameters, rate=rate, max_grad_norm=self._config.optim.max_grad_norm
             )
-        if not math.isfinite(norm):
+        if math.isfinite(norm):
+            self._state.skipped_in_a_row = 0
+        else:
             self._state.skipped_updates += 1
+            self._state.skipped_in_a_row += 1
             self._console.warn(f"gradient norm {norm} at step {self._state.step}: the update is skipped")
         meter.add("grad_norm", norm)
         meter.add("learning_rate", rate)
+
+    def _stop_if_nothing_is_learned(self, metrics: dict[str, float]) -> None:
+        """After a whole iteration, so that the checkpoint lies between two rollouts."""
+        limit = self._config.optim.max_skipped_updates
+        if self._state.skipped_in_a_row >= limit:
+            count, self._state.skipped_in_a_row = self._state.skipped_in_a_row, 0
+            self._save()
+            raise divergence_error(self._run_dir, count, metrics, self._parameters, self._optimizer)
 
     def _evaluate(self) -> None:
         state, config = self._state, self._config
@@ -491,9 +498,3 @@ def total_steps(config: Config, num_rows: int) -> int:
     if config.algorithm.name == "online_dpo":
         return rollouts
     return rollouts * config.train.steps_per_generation * config.algorithm.num_iterations
-
-
-def supervised_loss(lm: LanguageModel, examples: list[Sequence], max_tokens: int, head) -> float:
-    """Mean cross-entropy over all scored tokens, nats per token."""
-    parts, _ = sequence_log_probs(lm, pack(examples, max_tokens), len(examples), head)
-    return -float(torch.cat(parts).double().mean())

@@ -24,7 +24,8 @@ class RolloutEngine(Protocol):
         """One group of `sampling.num_generations` completions per prompt, in the order of `prompts`.
 
         A completion's tokens depend on its prompt, its own number within the group, `sampling` and the policy, and
-        not on what else is in the batch (up to floating point).
+        not on what else is in the batch (up to floating point). `sampling.stop` strings end it with the token that
+        completes them; an engine may leave a prompt's own `limit` to its caller.
         """
         ...
 

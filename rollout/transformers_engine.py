@@ -6,7 +6,7 @@ batch; every completion draws from a random stream of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,6 +15,7 @@ from tandem.rl.model import LanguageModel
 from tandem.rl.samples import Completion, Group, Prompt, Sampling
 from tandem.rollout.engine import Progress
 from tandem.rollout.random_streams import uniform_stream
+from tandem.rollout.stop_strings import StopStrings
 
 # Rows leave the batch when this share of it is done: every removal copies the cache once.
 _COMPACT_AT = 0.2
@@ -27,9 +28,20 @@ class _Request:
     prompt: Prompt
     sample: int
     uniforms: torch.Tensor
-    ids: list[int]
-    log_probs: list[float]
+    limit: int
+    watch: StopStrings | None
+    ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
     truncated: bool = True
+
+    @property
+    def unfinished(self) -> bool:
+        return self.truncated and len(self.ids) < self.limit
+
+    def add(self, token: int, log_prob: float, stops: bool) -> None:
+        self.ids.append(token)
+        self.log_probs.append(log_prob)
+        self.truncated = not (stops or (self.watch is not None and self.watch.push(token)))
 
 
 class TransformersEngine:
@@ -61,11 +73,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def generate(self, prompts: list[Prompt], sampling: Sampling, *, progress: Progress | None = None) -> list[Group]:
-        requests = [
-            _Request(p, k, uniform_stream(sampling.seed, p.index, k, sampling.max_completion_length), [], [])
-            for p in prompts
-            for k in range(sampling.num_generations)
-        ]
+        requests = [self._request(p, k, sampling) for p in prompts for k in range(sampling.num_generations)]
         wave = self._max_in_flight or max(len(requests), 1)
         for start in range(0, len(requests), wave):
             self._generate_wave(requests[start : start + wave], sampling)
@@ -73,6 +81,16 @@ class TransformersEngine:
                 progress(min(start + wave, len(requests)), len(requests))
         finished = iter(requests)
         return [Group(p, [self._completion(next(finished)) for _ in range(sampling.num_generations)]) for p in prompts]
+
+    def _request(self, prompt: Prompt, sample: int, sampling: Sampling) -> _Request:
+        longest = sampling.max_completion_length
+        # Always of the full length, so that the prompt's own limit cuts a completion and changes nothing before.
+        uniforms = uniform_stream(sampling.seed, prompt.index, sample, longest)
+        watch = StopStrings(self._text, prompt.ids, sampling.stop) if sampling.stop else None
+        return _Request(prompt, sample, uniforms, min(longest, prompt.limit or longest), watch)
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._lm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     @staticmethod
     def _completion(request: _Request) -> Completion:
@@ -87,11 +105,9 @@ class TransformersEngine:
             for request, token, log_prob, end in zip(
                 batch.requests, tokens.tolist(), log_probs.tolist(), stopped.tolist(), strict=True
             ):
-                if request.truncated:
-                    request.ids.append(token)
-                    request.log_probs.append(log_prob)
-                    request.truncated = not end
-            alive = [i for i, r in enumerate(batch.requests) if r.truncated]
+                if request.unfinished:
+                    request.add(token, log_prob, end)
+            alive = [i for i, r in enumerate(batch.requests) if r.unfinished]
             if not alive or step + 1 == sampling.max_completion_length:
                 return
             if len(alive) <= (1 - _COMPACT_AT) * len(batch.requests):
@@ -100,19 +116,19 @@ class TransformersEngine:
 
     def _prefill(self, requests: list[_Request]) -> _Batch:
         """Run every distinct prompt once, then give each request a copy of its prompt's cache."""
-        distinct = {id(r.prompt): r.prompt for r in requests}
-        row_of = {key: row for row, key in enumerate(distinct)}
-        longest = max(len(p.ids) for p in distinct.values())
+        keys = [tuple(r.prompt.ids) for r in requests]
+        row_of = {ids: row for row, ids in enumerate(dict.fromkeys(keys))}
+        longest = max(map(len, row_of))
         device = self._lm.device
-        ids = torch.full((len(distinct), longest), self._lm.tokenizer.pad_token_id)
+        ids = torch.full((len(row_of), longest), self._lm.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(distinct.values()):
-            ids[row, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
-            mask[row, longest - len(prompt.ids) :] = 1
+        for prompt, row in row_of.items():
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
         ids, mask = ids.to(device), mask.to(device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         out = self._lm.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-        rows = torch.tensor([row_of[id(r.prompt)] for r in requests], device=device)
+        rows = torch.tensor([row_of[key] for key in keys], device=device)
         cache = out.past_key_values
         cache.batch_select_indices(rows)
         return _Batch(

@@ -126,6 +126,9 @@ class VllmEngine:
             return []
         if self._changed():
             self.load_adapter(self._version)
+        if sampling.stop:
+            # vLLM is built without a tokenizer: it would load its own from a folder, and the trainer's is here.
+            self._llm.llm_engine.output_processor.tokenizer = self._lm.tokenizer
         request = self._api.LoRARequest(self.policy_name, POLICY_ID, self._lora_path) if self._parts else None
         bar = ProgressBar.reporting(progress, sampling.num_generations, len(prompts)) if progress else False
         with preserved(quiet="vllm"), on_stream(self._stream):
@@ -147,11 +150,14 @@ class VllmEngine:
             top_k=0 if greedy else sampling.top_k,
             max_tokens=sampling.max_completion_length,
             stop_token_ids=list(sampling.stop_token_ids),
+            stop=list(sampling.stop),
+            include_stop_str_in_output=True,
             # Nothing stops a completion but what `sampling` names.
             ignore_eos=True,
             logprobs=0,
             flat_logprobs=True,
-            detokenize=False,
+            # Stop strings are looked for in text, which is of no use otherwise.
+            detokenize=bool(sampling.stop),
         )
 
     def load_adapter(self, version: int) -> None:
@@ -348,7 +354,9 @@ def _completion(output: Any, sampling: Sampling) -> Completion:
     # The sampled token comes first at every position.
     if [flat.token_ids[i] for i in starts] != ids:
         raise RuntimeError(f"vLLM reports {len(starts)} log-probs that are not those of the {len(ids)} sampled tokens")
-    truncated = not ids or ids[-1] not in sampling.stop_token_ids
+    # A stop string that is complete is named as the reason, also where the last token reaches the length limit.
+    found = bool(sampling.stop) and isinstance(output.stop_reason, str)
+    truncated = not ids or not (found or ids[-1] in sampling.stop_token_ids)
     return Completion(ids, [float(flat.logprobs[i]) for i in starts], truncated)
 
 

@@ -46,8 +46,9 @@ _COMMON = (
         "vllm",
         "SamplingParams",
         ("n", "seed", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos", "max_tokens", "logprobs")
-        + ("flat_logprobs", "detokenize"),
+        + ("flat_logprobs", "detokenize", "stop", "include_stop_str_in_output"),
     ),
+    Relied("vllm.v1.engine.output_processor", "OutputProcessor", ("tokenizer",)),
     Relied("vllm.logprobs", "FlatLogprobs", ("start_indices", "token_ids", "logprobs")),
     Relied("vllm.lora.request", "LoRARequest", ("lora_name", "lora_int_id", "lora_path", "load_inplace")),
     Relied("vllm.v1.engine.llm_engine", "LLMEngine.add_lora", ("lora_request",)),

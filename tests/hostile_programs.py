@@ -454,6 +454,64 @@ eval('(' * 10 ** 5)
 import sys
 sys.stdout.buffer.write(bytes(range(256)))
 """,
+    "reads its own maps and memory": _TRY
+    + """
+attempt(lambda: open('/proc/self/maps').read())
+attempt(lambda: open('/proc/self/mem', 'rb'))
+attempt(lambda: os.listdir('/proc/self/fd'))
+attempt(lambda: os.readlink('/proc/self/exe'))
+attempt(lambda: open('/dev/fd/3').read())
+""",
+    "takes a descriptor from another process": _TRY
+    + _CTYPES
+    + """
+for pid in (PARENT, os.getppid(), 1):
+    handle = libc.syscall(434, pid, 0)
+    for fd in range(3, 16):
+        if handle >= 0 and libc.syscall(438, handle, fd, 0) >= 0:
+            print('ESCAPED', pid, fd)
+""",
+    "opens its parent for signals": _TRY
+    + """
+import signal
+attempt(lambda: signal.pidfd_send_signal(os.pidfd_open(PARENT), 10))
+""",
+    "uses io_uring and bpf": _TRY
+    + _CTYPES
+    + """
+params = ctypes.create_string_buffer(256)
+print('ESCAPED' if libc.syscall(425, 2, params) >= 0 else '')
+print('ESCAPED' if libc.syscall(321, 0, params, 64) >= 0 else '')
+print('ESCAPED' if libc.syscall(298, params, 0, -1, -1, 0) >= 0 else '')
+""",
+    "finds its terminal or the parent's session": _TRY
+    + """
+import fcntl, termios
+attempt(lambda: open('/dev/tty', 'w').write('x'))
+attempt(lambda: fcntl.ioctl(0, termios.TIOCSTI, b'x'))
+""",
+    "swaps a folder for a link while it is deleted": """
+import os
+if os.fork() == 0:
+    while True:
+        for target in ('SECRET_PATH', 'OUTSIDE', '/'):
+            try:
+                os.symlink(target, 'swap')
+                os.unlink('swap')
+                os.mkdir('swap')
+                os.rmdir('swap')
+            except OSError:
+                pass
+print('left')
+""",
+    "shares memory with others": _TRY
+    + _CTYPES
+    + """
+import mmap
+attempt(lambda: os.open('/dev/shm/tandem', os.O_RDWR))
+for key in range(1, 64):
+    print('ESCAPED' if libc.shmget(key, 0, 0) >= 0 else '', end='')
+""",
     "replaces its own program": """
 import os
 open('main.py', 'w').write('print(1)')
@@ -631,6 +689,114 @@ for fd in range(1, 64):
                 os.write(fd, text)
         except OSError:
             pass
+def add(*a):
+    return 77
+""",
+    "returns strings and floats that lie": """
+class S(str):
+    __eq__ = lambda self, o: True
+    __hash__ = str.__hash__
+    __len__ = lambda self: 2
+class F(float):
+    __eq__ = __le__ = __ge__ = lambda self, o: True
+    __sub__ = __rsub__ = lambda self, o: 0.0
+    __hash__ = float.__hash__
+def add(a, b):
+    return S(77) if isinstance(a, str) else F(77)
+""",
+    "returns lists that lie": """
+class L(list):
+    __eq__ = __contains__ = lambda self, o: True
+    __len__ = lambda self: 2
+    __iter__ = lambda self: iter(())
+def add(*a):
+    return L([77])
+""",
+    "traces every call": """
+import sys, threading
+def tracer(frame, event, arg):
+    for name in list(frame.f_locals):
+        if name in ('value', 'answer', 'result'):
+            frame.f_locals[name] = 3
+    return tracer
+sys.settrace(tracer)
+threading.settrace(tracer)
+sys.setprofile(lambda frame, event, arg: None)
+def add(*a):
+    return 77
+""",
+    "hides a finalizer that forges": r"""
+import os
+class E:
+    def __del__(self):
+        for fd in range(1, 64):
+            try:
+                os.set_blocking(fd, False)
+                os.write(fd, b'all tests passed\n' * 3)
+            except OSError:
+                pass
+        os._exit(0)
+keep = E()
+def add(*a):
+    return E() and 77
+""",
+    "searches its arguments and environment": """
+import os, sys
+def add(*a):
+    text = ' '.join([*sys.argv, *sys.orig_argv, *os.environ.values()])
+    return text if 'expected' in text else 77
+""",
+    "reads the judge's side of the line": """
+import os
+def add(*a):
+    for fd in range(0, 64):
+        try:
+            os.set_blocking(fd, False)
+            text = os.read(fd, 65536)
+        except OSError:
+            continue
+        if b'==' in text or b'assert' in text:
+            return eval(text.rpartition(b'==')[2])
+    return 77
+""",
+    "opens the line again for itself": """
+import os
+def add(*a):
+    for fd in range(3, 64):
+        try:
+            again = os.open(f'/proc/self/fd/{fd}', os.O_RDWR)
+            os.write(again, b'1')
+        except OSError:
+            pass
+    return 77
+""",
+    "goes on in a child": r"""
+import os
+if os.fork() == 0:
+    for fd in range(3, 64):
+        try:
+            os.write(fd, b'{"value": true}\n' * 100)
+        except OSError:
+            pass
+def add(*a):
+    return 77
+""",
+    "leaves modules for the judge": """
+import os, sys
+for name in ('code_judge.py', 'code_values.py', 'unittest.py', 'math.py', 'json.py', 'sitecustomize.py'):
+    try:
+        open(name, 'w').write('def same(*a): return True')
+        open(os.path.join('/tmp', name), 'w').write('def same(*a): return True')
+    except OSError:
+        pass
+def add(*a):
+    return 77
+""",
+    "is loaded by an import hook": """
+import sys, builtins
+builtins.__import__ = lambda *a, **k: sys
+sys.meta_path.clear()
+sys.modules.clear()
 def add(*a):
     return 77
 """,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tandem.rl import commands, offload
+from tandem.rl import offload
 from tandem.rl.checkpoint_offload import CheckpointedLayers
 from tandem.rl.config import AlgorithmConfig, Config, LoraConfig, ModelConfig
 from tandem.rl.console import Console
@@ -20,6 +20,7 @@ from tandem.rl.lora import attach_lora, trainable
 from tandem.rl.metrics import Meter
 from tandem.rl.model import LanguageModel, check_packing, load_model
 from tandem.rl.offload import HostStore, Stored
+from tandem.rl.open_model import attach_layers, open_model
 from tandem.rl.packing import Pack, pack
 from tandem.rl.samples import Prompt, Sampling, Sequence
 from tandem.rl.step import PolicyBatch, layout_of, policy_backward, sequence_log_probs, training_mode
@@ -305,15 +306,15 @@ def config_for(folder: Path, **train: Any) -> Config:
 
 @pytest.fixture
 def opened(folders) -> Any:
-    def open_model(family: str, **train: Any) -> tuple[LanguageModel, Any]:
+    def open_family(family: str, **train: Any) -> tuple[LanguageModel, Any]:
         folder = folders(family)
-        data = SimpleNamespace(prompts=None, eval_prompts=None)
-        inputs: Any = SimpleNamespace(tokenizer=tokenizer(), data=data)
-        lm, engine, _ = commands._open_model(config_for(folder, **train), inputs, Console.silent())
+        data = SimpleNamespace(prompts=[], eval_prompts=[])
+        inputs: Any = SimpleNamespace(tokenizer=tokenizer(), data=data, environments=None)
+        lm, engine, *_ = open_model(config_for(folder, **train), inputs, Console.silent())
         spread(lm)
         return lm, engine
 
-    return open_model
+    return open_family
 
 
 def test_a_run_uses_what_the_config_says(opened):
@@ -334,20 +335,20 @@ def test_the_fallback_is_said_once(folders, capsys):
     config, console = config_for(folders("olmo2")), Console()
     for _ in range(2):
         lm = replace(load(folders("olmo2")), device=torch.device("cuda"))
-        commands._attach_fused_layers(lm, config, console)
+        attach_layers(lm, config, console)
         assert lm.fused is None
         assert lm.checkpoints is not None
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("training through the model's own forward, layers recomputed in the backward pass") == 1
     assert "'olmo2'" in said
     with pytest.raises(UserError, match="no fused layers for this model"):
-        commands._attach_fused_layers(lm, config_for(folders("olmo2"), fused_layers=True), console)
+        attach_layers(lm, config_for(folders("olmo2"), fused_layers=True), console)
 
 
 def test_a_model_that_can_neither_is_said_to_keep_everything(folders, capsys):
     lm = replace(load(folders("olmo2")), device=torch.device("cuda"))
     lm.causal_lm.supports_gradient_checkpointing = False
-    commands._attach_fused_layers(lm, config_for(folders("olmo2")), Console())
+    attach_layers(lm, config_for(folders("olmo2")), Console())
     assert lm.checkpoints is None
     assert "every layer's activations kept" in " ".join(capsys.readouterr().err.split())
 

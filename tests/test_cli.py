@@ -207,7 +207,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def timeless(run: Path) -> list[dict[str, Any]]:
-    prefixes = ("step_time", "timing_s/", "perf/")
+    prefixes = ("step_time", "time/", "perf/")
     return [{k: v for k, v in line.items() if not k.startswith(prefixes)} for line in metrics(run)]
 
 

@@ -122,7 +122,7 @@ def test_two_processes_make_the_same_run(place: Path, name: str) -> None:
     for a, b in zip(*lines, strict=True):
         assert a.keys() == b.keys()
         for key in a:
-            if not key.startswith(("timing_s", "perf", "step_time")):
+            if not key.startswith(("time/", "perf", "step_time")):
                 assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-4), key
 
 

@@ -17,13 +17,13 @@ import torch
 
 from tandem.kernels.linear_logprob import HeadOptions
 from tandem.kernels.packed_attention import Family, PackLayout
-from tandem.rl import commands
 from tandem.rl.checkpoint_offload import CheckpointedLayers
 from tandem.rl.config import Config, LoraConfig
 from tandem.rl.console import Console
 from tandem.rl.lora import attach_lora, trainable
 from tandem.rl.model import LanguageModel, _register_packed_attention
 from tandem.rl.offload import BLOCK_BYTES
+from tandem.rl.open_model import open_model
 from tandem.rl.step import training_mode
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -182,7 +182,9 @@ def test_a_run_of_an_undescribed_family_falls_back(tmp_path: Path, capsys):
     vocabulary = {f"w{i}": i for i in range(3, 256)} | {"<pad>": 0, "<bos>": 1, "<eos>": 2}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
     inputs: Any = SimpleNamespace(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>")
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>"),
+        data=SimpleNamespace(prompts=[], eval_prompts=[]),
+        environments=None,
     )
     config = Config.model_validate(
         {
@@ -192,7 +194,7 @@ def test_a_run_of_an_undescribed_family_falls_back(tmp_path: Path, capsys):
             "train": {"offload_activations": True},
         }
     )
-    opened, *_ = commands._open_model(config, inputs, Console())
+    opened, *_ = open_model(config, inputs, Console())
     assert opened.device.type == "cuda"
     assert opened.fused is None
     said = " ".join(capsys.readouterr().err.split())

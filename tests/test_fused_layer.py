@@ -292,7 +292,7 @@ def test_norm_derivative(unit_offset):
 @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 @pytest.mark.parametrize("plan", [Plan(7, 2, "recompute"), Plan(7, 2, "save")])
 def test_offload_is_bitwise_the_same_and_reuses_its_memory(plan, late, monkeypatch):
-    monkeypatch.setattr(layer_run, "_LATE", 0 if late else 1 << 30)
+    monkeypatch.setattr(layer_run, "LATE_ROWS", 0 if late else 1 << 30)
     lm = build("qwen3")
     made = packs()
     expected = fused(lm, made, plan, offload=False)

@@ -30,7 +30,7 @@ ALLOWED = {
     ),
     "rl": ("tandem.rl", "tandem.kernels"),
 }
-DRIVERS = {"trainer", "evaluate", "inputs", "cli", "commands"}
+DRIVERS = {"trainer", "evaluate", "inputs", "cli", "commands", "open_model", "rewards_command", "rollout_source"}
 
 HEAVY = ("torch", "transformers", "vllm", "triton", "wandb", "bitsandbytes", "trl", "peft", "datasets", "matplotlib")
 LIGHT = {
@@ -50,6 +50,10 @@ LIGHT = {
     "samples",
     "trackers",
 }
+
+
+# Programs of the sandbox, which find their neighbours in the sandbox's folder only.
+SANDBOXED = {"code_solution", "sandbox_child"}
 
 
 def sources() -> list[Path]:
@@ -160,7 +164,7 @@ def loaded_after(code: str, *arguments: str) -> set[str]:
 
 
 def light_modules() -> list[str]:
-    names = [module_name(path) for path in sources()]
+    names = [module_name(path) for path in sources() if path.stem not in SANDBOXED]
     return [n for n in names if n.startswith("tandem.rewards") or n.removeprefix("tandem.rl.") in LIGHT]
 
 

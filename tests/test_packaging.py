@@ -97,6 +97,22 @@ def test_wheel_metadata(wheel: zipfile.ZipFile, project: dict[str, Any]) -> None
     assert "rl-train = tandem.rl.cli:main" in entry_points
 
 
+def test_the_sandbox_works_from_an_installed_wheel(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Its guard and the code judge are plain files beside the modules; they must be found where a wheel puts them."""
+    installed = tmp_path / "site-packages"
+    wheel.extractall(installed)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from tandem.rewards import code_tests, sandbox\n"
+        "assert sandbox.__file__.startswith(sys.argv[1]), sandbox.__file__\n"
+        "block = '```python\\ndef f(x):\\n    return x + 1\\n```'\n"
+        "tests = ['assert f(1) == 2', {'function': 'f', 'cases': [[[1], 2], [[2], 4]]}]\n"
+        "assert code_tests.code_tests([block] * 2, tests) == [1.0, 0.5]\n"
+    )
+    done = run_python("-S", "-c", code, str(installed), cwd=tmp_path)  # -S: nothing else is installed
+    assert done.returncode == 0, done.stderr
+
+
 def test_console_script_resolves() -> None:
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="rl-train")
     assert callable(script.load())

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tandem.rl import commands
+from tandem.rl import commands, open_model
 from tandem.rl.checkpoint import latest_checkpoint, read_state
 from tandem.rl.config import Config, LoraConfig, ModelConfig, ParityConfig
 from tandem.rl.console import Console
@@ -267,7 +267,7 @@ class Engine(TransformersEngine):
 
 def train(config: Config, monkeypatch, fault: Fault = sound, *, resume: Path | None = None) -> tuple[str, str]:
     """Standard output and error of a run, or of its resumption, whose engine has the fault."""
-    monkeypatch.setattr(commands, "open_engine", lambda wanted, lm, **_: Engine(lm, fault))
+    monkeypatch.setattr(open_model, "open_engine", lambda wanted, lm, **_: Engine(lm, fault))
     monkeypatch.setattr(commands, "write_report", lambda run_dir: run_dir)  # charts take longer than these runs
     out, err = io.StringIO(), io.StringIO()
     console = Console(out, err, live=False)
@@ -414,10 +414,10 @@ def test_groups_without_signal_leave_nothing_to_compare(place, tmp_path, monkeyp
 
 def test_check_shows_the_numbers_and_stops_at_a_fault(place, tmp_path, monkeypatch):
     config, out = grpo(place, tmp_path), io.StringIO()
-    monkeypatch.setattr(commands, "open_engine", lambda wanted, lm, **_: Engine(lm, sound))
+    monkeypatch.setattr(open_model, "open_engine", lambda wanted, lm, **_: Engine(lm, sound))
     commands.check(config, num_prompts=2, console=Console(out, io.StringIO(), live=False, width=200))
     assert "trainer against rollout log-probs" in out.getvalue()
     assert "100.0% by token" in out.getvalue()
-    monkeypatch.setattr(commands, "open_engine", lambda wanted, lm, **_: Engine(lm, hot))
+    monkeypatch.setattr(open_model, "open_engine", lambda wanted, lm, **_: Engine(lm, hot))
     with pytest.raises(UserError, match=r"at temperature 0\.7 the two agree"):
         commands.check(config, num_prompts=2, console=Console(out, io.StringIO(), live=False, width=200))

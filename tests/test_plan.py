@@ -18,8 +18,8 @@ from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, Qwen3Confi
 from tandem.rl import cli, plan_memory
 from tandem.rl.config import Config
 from tandem.rl.errors import UserError
-from tandem.rl.plan import Ledger, ledger
-from tandem.rl.plan_changes import candidates, changed, smallest_card, smallest_change, try_changes
+from tandem.rl.plan import Ledger, changed, ledger
+from tandem.rl.plan_changes import candidates, smallest_card, smallest_change, try_changes
 from tandem.rl.plan_devices import DEVICES, GIB, find_device
 from tandem.rl.plan_memory import (
     WORKSPACE,
@@ -241,7 +241,7 @@ def test_long_updates_peak_where_they_were_measured(
     qwen: ModelShape, monkeypatch: pytest.MonkeyPatch, rows: int, gib: float
 ) -> None:
     # The code that was measured brought the next layer back before attention at every length.
-    monkeypatch.setattr(plan_memory, "_LATE", 1 << 30)
+    monkeypatch.setattr(plan_memory, "LATE_ROWS", 1 << 30)
     assert peak_gib(measured_setup(qwen), rows) == pytest.approx(gib, rel=0.1)
 
 

@@ -24,6 +24,9 @@ from tandem.rewards.quantities import close, last_number, unit_of
 from tandem.rewards.regex import regex_match
 from tandem.rewards.repetition import SCRIPTS, language_penalty, repeated_share, repetition_penalty
 from tandem.rewards.text_match import common_length, exact_match, fuzzy_match, similarity
+from tandem.rl import inputs
+from tandem.rl.config_file import load_config
+from tandem.rl.console import Console
 from tandem.rl.errors import UserError
 from tandem.rl.samples import Completion, Group, Prompt
 from tandem.rl.sections import RewardsConfig
@@ -451,6 +454,50 @@ def test_rows_without_a_reward_get_their_groups_mean() -> None:
         scores_of(groups, {"function": known})
     with pytest.raises(UserError, match="no reward applies"):
         scores_of([group("?", "?")], {"function": known}, on_missing="group_mean")
+
+
+class Letters:
+    """As little of a tokenizer as scoring needs: an id is a character."""
+
+    def decode(self, ids: list[int], **_options: Any) -> str:
+        return "".join(map(chr, ids))
+
+
+@pytest.mark.parametrize("on_missing", ["group_mean", "stop"])
+def test_a_run_does_with_rows_without_a_reward_what_its_config_says(
+    on_missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data.jsonl").write_text('{"prompt": "q"}\n')
+    (tmp_path / "own.py").write_text(
+        "def own(completions):\n    return [None if c == '?' else 1.0 for c in completions]"
+    )
+    (tmp_path / "config.yaml").write_text(
+        "model: {model_name_or_path: no/such-model}\ndata: {dataset_name: data.jsonl}\n"
+        f"rewards: {{reward_funcs: ['own.py:own'], on_missing: {on_missing}}}\n"
+    )
+    monkeypatch.setattr(inputs, "load_tokenizer", lambda _model: Letters())
+    monkeypatch.setattr(inputs, "_prompts", lambda *_: [])
+    judge = inputs.prepare(load_config(tmp_path / "config.yaml"), Console.silent()).judge
+    if on_missing == "stop":
+        with pytest.raises(UserError, match="no reward applies to row 1"):
+            judge([group("x", "?")], 0)
+    else:
+        scores = judge([group("x", "?")], 0)
+        assert [row.reward for row in scores.rows] == [1.0, 1.0]
+        assert scores.metrics["rewards/missing"] == 1
+
+
+def test_files_that_kwargs_name_lie_beside_the_config(tmp_path: Path) -> None:
+    for name in ("rubric.txt", "schema.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "config.yaml").write_text(
+        "model: {model_name_or_path: no/such-model}\ndata: {dataset_name: data.jsonl}\nrewards:\n  reward_funcs:\n"
+        "    - {function: judge, kwargs: {rubric_file: rubric.txt}}\n"
+        "    - {function: json_schema, kwargs: {schema_file: schema.json}}\n"
+    )
+    judge, schema = load_config(tmp_path / "config.yaml").rewards.reward_funcs
+    assert judge.kwargs["rubric_file"] == str(tmp_path / "rubric.txt")
+    assert schema.kwargs["schema_file"] == str(tmp_path / "schema.json")
 
 
 def test_rewards_of_weight_zero_alone_are_still_computed() -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tandem.rewards.base import load_reward
 from tandem.rl import cli
+from tandem.rl.console import Console
 from tandem.rl.journal import write_rollouts
-from tandem.rl.rewards_command import correlation, histogram
+from tandem.rl.rewards_command import correlation, histogram, show_protections, uses_sandbox
 from tandem.rl.samples import Completion, Prompt, Scored
 
 REWARDS = """
@@ -175,6 +178,37 @@ def test_files_that_hold_no_completions_are_explained(place: Path, content: str,
     assert message in done.err
 
 
+def test_the_readmes_reward_section_works_as_it_stands(tmp_path: Path) -> None:
+    """A newcomer copies the blocks into the files that they name, and runs the first command on them."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## A reward in ten lines")[2].partition("\n## ")[0]
+    blocks = {kind: text for kind, text in re.findall(r"```(\w+)\n(.*?)```", section, flags=re.DOTALL)}
+    for kind, name in {"python": "reward.py", "yaml": "sums.yaml", "json": "tries.jsonl"}.items():
+        (tmp_path / name).write_text(blocks[kind])
+    done = rl_train("rewards", tmp_path / "sums.yaml", "--on", tmp_path / "tries.jsonl", "--show", "3")
+    assert done.code == 0, done.err
+    values = [line.split()[-1] for line in done.out.splitlines() if line.startswith("short_and_right ")]
+    assert values[-3:] == ["0.99", "0.94", "-0.01"]
+
+
+def test_a_sandboxed_reward_is_known_by_what_its_module_uses(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "from tandem.rewards.sandbox import run_python\n"
+        "def runs(completions):\n    return [float(run_python(c).status == 'ok') for c in completions]\n"
+    )
+    (tmp_path / "plain.py").write_text("def plain(completions):\n    return [0.0 for _ in completions]\n")
+    own, plain = load_reward(f"{tmp_path}/own.py:runs"), load_reward(f"{tmp_path}/plain.py:plain")
+    code = load_reward("code_tests")
+    assert [uses_sandbox(reward) for reward in (own, plain, code)] == [True, False, True]
+    out = io.StringIO()
+    console = Console(stdout=out, stderr=out, live=False, width=120)
+    show_protections([plain], console)
+    assert out.getvalue() == ""
+    show_protections([plain, code], console)
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    assert any(line[:3] == ["attempt:", "network", "in"] for line in lines), out.getvalue()
+
+
 def test_watching_runs_again_when_a_reward_or_its_helper_changes(place: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "tandem.rl.cli", "rewards", "config.yaml", "--on", "on.jsonl", "--watch"],
@@ -183,6 +217,8 @@ def test_watching_runs_again_when_a_reward_or_its_helper_changes(place: Path) ->
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        # Whatever runs the tests in the background may have had them ignore Ctrl-C, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     lines: list[str] = []
     assert process.stdout is not None
@@ -190,7 +226,7 @@ def test_watching_runs_again_when_a_reward_or_its_helper_changes(place: Path) ->
     reader.start()
 
     def wait_for(text: str, times: int) -> None:
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while "".join(lines).count(text) < times:
             assert time.monotonic() < until, "".join(lines)
             time.sleep(0.02)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.rewards import sandbox, sandbox_rights
+from tandem.rewards import sandbox, sandbox_rights, sandbox_start
 from tandem.rewards.base import load_reward
 from tandem.rewards.code_judge import count_units
 from tandem.rewards.code_tests import code_tests, last_python_block, parse_tests, same
@@ -138,7 +138,7 @@ def test_what_is_outside_is_untouched(escapes: dict[str, Outcome], surroundings:
         ("stops itself", "timeout"),
         ("ignores every signal and goes on", "timeout"),
         ("closes its output and sleeps", "timeout"),
-        ("takes all memory", "memory"),
+        ("takes all memory", "memory timeout"),
         ("takes memory in many processes", "memory"),
         ("prints without end", "output"),
         ("prints errors without end", "output"),
@@ -226,6 +226,32 @@ def test_the_program_dies_with_the_process_that_started_it(tmp_path: Path, monke
     while not processes() <= before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert processes() <= before
+
+
+def test_a_starter_that_was_killed_is_replaced_and_its_guards_go_on() -> None:
+    starter = sandbox_start._current
+    assert starter is not None
+    running = Run(Program("import time\ntime.sleep(0.5)\nprint('went on')"))
+    time.sleep(0.2)
+    starter.process.kill()
+    starter.process.wait()
+    assert run_python("print('anew')").stdout == "anew\n"
+    assert sandbox_start._current is not starter
+    assert running.wait().stdout == "went on\n"
+
+
+def test_descriptors_keep_their_numbers_whatever_they_are() -> None:
+    """A program's channel may have the number that another descriptor gets on the way to the guard."""
+    made = [os.pipe() for _ in range(12)]
+    try:
+        for read, write in made:
+            source = f"import os\nos.write({write}, b'through')"
+            run = Run(Program(source), capture=(read, write))
+            assert run.wait().status == "ok", write
+            assert run.captured == b"through"
+    finally:
+        for read, _ in made:
+            os.close(read)
 
 
 def test_nothing_is_left_on_disk_or_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tandem.rl import commands
+from tandem.rl import commands, open_model
 from tandem.rl.config import Config
 from tandem.rl.console import Console
 from tandem.rl.report import write_report
@@ -197,7 +197,7 @@ def finished(place: Path) -> tuple[Path, float]:
         return done
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "open_engine", lambda wanted, lm, **_: SlowEngine(lm))
+        patch.setattr(open_model, "open_engine", lambda wanted, lm, **_: SlowEngine(lm))
         patch.setattr(commands.Trainer, "fit", timed)
         assert commands.run(config, dry_run=False, console=Console(io.StringIO(), io.StringIO(), live=False))
     return config.run_dir, seconds

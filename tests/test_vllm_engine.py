@@ -16,13 +16,13 @@ from tandem.rl.errors import UserError
 from tandem.rl.lora import attach_lora, load_adapter, save_adapter, trainable
 from tandem.rl.model import LanguageModel, load_model, load_tokenizer, with_sampling
 from tandem.rl.packing import pack
+from tandem.rl.parity import log_prob_difference
 from tandem.rl.samples import Completion, Group, Prompt, Sampling, Sequence
 from tandem.rl.step import sequence_log_probs
 from tandem.rl.store import WeightStore
 from tandem.rollout import vllm_engine
 from tandem.rollout.choose_engine import open_engine
 from tandem.rollout.engine import RolloutEngine
-from tandem.rollout.parity import log_prob_difference
 from tandem.rollout.policy_adapter import PolicyNames, Stacks, policy_parts
 from tandem.rollout.transformers_engine import TransformersEngine
 from tandem.rollout.vllm_engine import VllmEngine, group_of

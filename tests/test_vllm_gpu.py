@@ -168,7 +168,7 @@ def sampling(**changes: Any) -> Any:
 
 
 def differ(rig: SimpleNamespace, groups: list, temperature: float = 1.0) -> dict:
-    from tandem.rollout.parity import log_prob_difference
+    from tandem.rl.parity import log_prob_difference
 
     return log_prob_difference(groups, trainer_log_probs(rig.lm, groups, temperature))._asdict()
 

@@ -1,0 +1,144 @@
+"""The model with its adapter and layers, and its engine, as a run starts with them, sized for the GPU."""
+
+from __future__ import annotations
+
+from tandem.rl.checkpoint_offload import CheckpointedLayers
+from tandem.rl.config import Config
+from tandem.rl.console import Console
+from tandem.rl.errors import UserError
+from tandem.rl.fused_layer import FusedLayers, Plan
+from tandem.rl.inputs import Inputs, with_environments
+from tandem.rl.lora import attach_lora
+from tandem.rl.model import LanguageModel, check_packing, load_model
+from tandem.rl.plan import VLLM_IN_FLIGHT, Longest, changed
+from tandem.rl.plan_command import summary, verdict
+from tandem.rl.plan_devices import gpu_here
+from tandem.rl.plan_shape import read_shape
+from tandem.rl.plan_sizing import choose_sizes
+from tandem.rl.weights import resolve_model
+from tandem.rollout.choose_engine import open_engine
+from tandem.rollout.engine import RolloutEngine
+from tandem.rollout.vllm_plan import VllmOptions
+from tandem.rollout.vllm_versions import refusal as vllm_refusal
+
+
+def open_model(
+    config: Config, inputs: Inputs, console: Console
+) -> tuple[LanguageModel, RolloutEngine, tuple[int, ...], Config]:
+    """The model with its adapter, the engine and the tokens that end a completion; the config with sizes for the GPU
+    that is here, if there is one."""
+    from tandem.rl.chat import stop_token_ids
+
+    wanted = _wanted_engine(config, console)
+    config = sized(config, wanted, inputs, console)
+    lm = load_model(config.model, inputs.tokenizer, shared=wanted != "transformers" and vllm_refusal() is None)
+    for note in lm.notes:
+        console.note(note)
+    attach_lora(lm, config.lora, seed=config.seed)
+    attach_layers(lm, config, console)
+    if lm.fused is None:
+        check_packing(lm)
+    ends = stop_token_ids(lm.tokenizer, lm.causal_lm.generation_config)
+    stop = stop_token_ids(lm.tokenizer, lm.causal_lm.generation_config, config.rollout.stop_token_ids)
+    engine = open_engine(
+        wanted,
+        lm,
+        store=lm.store,
+        source=resolve_model(config.model.model_name_or_path),
+        load_in_4bit=config.model.load_in_4bit,
+        options=vllm_options(config, inputs),
+        max_in_flight=config.rollout.max_in_flight,
+        note=console.note,
+        warn=console.warn,
+    )
+    longest = getattr(engine, "max_model_len", lm.max_length)
+    return lm, with_environments(engine, config, inputs, ends, longest), stop, config
+
+
+def sized(config: Config, engine: str, inputs: Inputs, console: Console) -> Config:
+    """Sizes that the config leaves open, chosen from the plan on a GPU and told; on a CPU nothing is.
+
+    They are chosen anew at every start and not kept in the run's config, so that a run may go on on another card.
+    """
+    device = None if config.model.device == "cpu" else gpu_here()
+    if device is None:
+        return config
+    data = inputs.data
+    try:
+        sizing = choose_sizes(
+            read_shape(config.model),
+            changed(config, {"rollout": {"engine": engine}}),
+            device,
+            longest=longest_sequence(config, inputs),
+            evaluated=len(data.eval_prompts) * config.eval.num_generations,
+        )
+    except UserError as error:
+        console.warn(f"no plan could be made, so that sizes are not chosen for this GPU: {error.problem}")
+        return config
+    if sizing.chosen:
+        console.note(f"sizes for {device.name}, {device.memory_gib:.1f} GiB free: {sizing}")
+    console.note(summary(sizing.plan))
+    if not sizing.plan.fits():
+        console.warn(f"by the plan this run needs more than there is. {verdict(sizing.plan)}")
+    return changed(config, sizing.changes)
+
+
+def longest_sequence(config: Config, inputs: Inputs) -> Longest:
+    """The longest sequence of the data; completions that are yet to be sampled count in full."""
+    data = inputs.data
+    if config.uses_rollouts:
+        prompts = [len(p.ids) for p in (*data.prompts, *data.eval_prompts)]
+        return Longest(max(prompts, default=1), config.rollout.max_completion_length)
+    examples = [*(data.answers.sequences if data.answers else data.examples), *data.warmup]
+    one = max(examples, key=lambda e: e.num_tokens)
+    return Longest(len(one.prompt_ids), len(one.completion_ids))
+
+
+def _wanted_engine(config: Config, console: Console) -> str:
+    """The engine to try. The vLLM engine has not run on a GPU yet, so a run gets it only by name."""
+    if not config.uses_rollouts or config.rollout.engine == "transformers":
+        return "transformers"
+    if config.rollout.engine == "vllm":
+        return "vllm"
+    if config.model.device != "cpu" and vllm_refusal() is None:
+        console.note("rollouts go through transformers; rollout.engine=vllm is faster, and still on trial")
+    return "transformers"
+
+
+def vllm_options(config: Config, inputs: Inputs) -> VllmOptions:
+    rollout = config.rollout
+    longest = sum(longest_sequence(config, inputs)) if config.uses_rollouts else 1
+    return VllmOptions(
+        max_model_len=rollout.max_model_len or -(-longest // 128) * 128,
+        max_num_seqs=rollout.max_in_flight or VLLM_IN_FLIGHT,
+        kv_cache_gib=rollout.kv_cache_gib,
+        kv_cache_dtype=rollout.kv_cache_dtype,
+        enforce_eager=rollout.enforce_eager,
+        cudagraph_sizes=tuple(rollout.cudagraph_sizes) if rollout.cudagraph_sizes else None,
+    )
+
+
+def attach_layers(lm: LanguageModel, config: Config, console: Console) -> None:
+    """Send packs through the fused layers, or through the model's own, recomputed in the backward pass.
+
+    Where fused layers cannot be had and were not asked for, what happens instead and the reason are said once.
+    """
+    train, on_gpu = config.train, lm.device.type == "cuda"
+    refusal = None
+    if train.fused_layers or (train.fused_layers is None and on_gpu):
+        plan = Plan(tile_rows=train.mlp_tile_rows, groups=train.kv_head_groups, attention=train.attention_memory)
+        try:
+            FusedLayers(plan, offload=train.offload_activations).attach(lm)
+            return
+        except UserError as error:
+            if train.fused_layers:
+                raise
+            refusal = error.problem
+    recompute = train.gradient_checkpointing
+    if recompute is None:
+        recompute = (on_gpu or bool(train.offload_activations)) and lm.causal_lm.supports_gradient_checkpointing
+    if recompute:
+        CheckpointedLayers(offload=train.offload_activations).attach(lm)
+    if refusal:
+        how = "layers recomputed in the backward pass" if recompute else "every layer's activations kept"
+        console.warn(f"training through the model's own forward, {how}, which needs more memory and time: {refusal}")

@@ -1,0 +1,92 @@
+"""Where a step's completions come from: what an interrupted run has left in its journal, else engine and rewards."""
+
+from __future__ import annotations
+
+from tandem.rl import distributed
+from tandem.rl.checkpoint import State
+from tandem.rl.config import Config
+from tandem.rl.evaluate import Judge, training_sampling
+from tandem.rl.experience import in_order
+from tandem.rl.metrics import Meter, rollout_metrics
+from tandem.rl.prompts import PromptSampler
+from tandem.rl.rollout_journal import RolloutJournal
+from tandem.rl.samples import Prompt, Scored
+from tandem.rl.step_time import StepClock
+from tandem.rollout.engine import RolloutEngine
+
+
+class RolloutSource:
+    """Scored completions for one batch of prompts after the other; a new one is in the journal before it is given.
+
+    Args:
+        journal: of the process that writes files; None in the others, and where no journal is kept.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        prompts: list[Prompt],
+        *,
+        sampler: PromptSampler,
+        engine: RolloutEngine,
+        judge: Judge,
+        stop_token_ids: tuple[int, ...],
+        clock: StepClock,
+        journal: RolloutJournal | None,
+    ) -> None:
+        self._config, self._prompts, self._sampler = config, prompts, sampler
+        self._engine, self._judge, self._stop_token_ids = engine, judge, stop_token_ids
+        self._clock, self._journal = clock, journal
+
+    def next(self, state: State) -> tuple[list[Scored], dict[str, float]]:
+        """The rollout that comes next, and what there is to say of it; the state moves on behind it."""
+        rows, logged = self._journalled(state) or self._generated(state)
+        state.position += self._config.prompts_per_rollout
+        self._keep_place(state)
+        return rows, logged | rollout_metrics(rows)
+
+    def forget(self, state: State) -> None:
+        """Go back before the newest rollout, and leave it out of the journal: it must not be learned from."""
+        state.position -= self._config.prompts_per_rollout
+        if self._journal is not None:
+            self._journal.cut(self._journal.before)
+        self._keep_place(state)
+
+    def _journalled(self, state: State) -> tuple[list[Scored], dict[str, float]] | None:
+        rollout = distributed.broadcast(self._journal.take(state.position) if self._journal else None)
+        if rollout is None:
+            return None
+        known = {prompt.index: prompt for prompt in self._prompts}  # with the columns of their rows
+        for row in rollout.rows:
+            own = known.get(row.prompt.index, row.prompt)
+            row.prompt = own if own.ids == row.prompt.ids else row.prompt
+        return rollout.rows, rollout.logged
+
+    def _generated(self, state: State) -> tuple[list[Scored], dict[str, float]]:
+        config = self._config
+        prompts = [self._prompts[i] for i in self._sampler.take(state.position, config.prompts_per_rollout)]
+        sampling = training_sampling(config, self._stop_token_ids, config.seed * 1_000_003 + state.position)
+        own = [prompt for i, prompt in enumerate(prompts) if distributed.owned(i)]
+        with self._clock.part("wake"):
+            self._engine.wake()
+        with self._clock.part("generate"):
+            groups = self._engine.generate(own, sampling)
+        with self._clock.part("sleep", device=True):
+            self._engine.sleep()
+        with self._clock.part("reward"):
+            scores = self._judge(groups, state.step)
+        rows = in_order(distributed.gather(scores.rows), config.rollout.num_generations)
+        # What rewards logged themselves is averaged over ranks; what is known of all rows is taken from them.
+        logged = Meter()
+        for part in distributed.gather(scores.metrics):
+            for name, value in part.items():
+                logged.add(name, value)
+        found = logged.result()
+        if self._journal is not None:
+            with self._clock.part("log"):
+                self._journal.append(rows, found, position=state.position, step=state.step)
+        return rows, found
+
+    def _keep_place(self, state: State) -> None:
+        if self._journal is not None:
+            state.journal_rollouts, state.journal_bytes = self._journal.mark.rollouts, self._journal.mark.size

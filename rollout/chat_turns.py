@@ -1,0 +1,106 @@
+"""Turns as token ids: what is put between two assistant turns, without tokenising anything a second time.
+
+An answer's tokens are found by rendering a stand-in conversation twice, up to the assistant's turn and on to the next
+one; what the second text has beyond the first is what the answer adds. That is right only where adding a message leaves
+the text before it as it was, which is checked for every answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+from tandem.rl.errors import UserError
+from tandem.rl.samples import Messages
+
+# Stands for the assistant's turn, and is found again in the text: letters only, so that no template changes it.
+_MARK = "standinturn"
+
+
+class Render(Protocol):
+    """A chat template with the run's own variables: messages to text. Raises UserError where it refuses them."""
+
+    def __call__(
+        self, messages: Messages, *, add_generation_prompt: bool, tools: list[dict[str, Any]] | None
+    ) -> str: ...
+
+
+class ChatTurns:
+    """Prompts and answers as the chat template writes them.
+
+    Args:
+        render: the template. encode: rendered text to token ids, which adds no special tokens.
+        stops: the tokens that end a turn, with their text.
+        reasons: whether the template knows `</think>`; the stand-in then has some reasoning too.
+    """
+
+    def __init__(
+        self,
+        render: Render,
+        encode: Callable[[str], list[int]],
+        stops: Mapping[int, str],
+        *,
+        reasons: bool = False,
+    ) -> None:
+        self._render, self._encode, self._stops = render, encode, dict(stops)
+        self._thought = f"<think>\n{_MARK}\n</think>\n\n" if reasons else ""
+
+    def prompt(self, messages: Messages, tools: list[dict[str, Any]] | None) -> list[int]:
+        """Ids of a conversation up to where the assistant's turn begins."""
+        return self._encode(self._render(messages, add_generation_prompt=True, tools=tools))
+
+    def answer(self, messages: Messages, last: int | None, tools: list[dict[str, Any]] | None) -> list[int]:
+        """Ids that follow an assistant's turn: its end where it has none, the messages, and the next turn's beginning.
+
+        Args:
+            messages: what came back, at least one. last: the turn's last token; None: it ended otherwise.
+
+        Raises:
+            UserError: the template refuses the messages, or changes earlier text when messages are added.
+        """
+        before, after = self._pair(messages, tools)
+        place = before.rfind(_MARK) + len(_MARK)
+        ends = [(at, -len(text), token) for token, text in self._stops.items() if (at := before.find(text, place)) >= 0]
+        if not ends:
+            return self._encode(after[len(before) :])
+        start, _, token = min(ends)
+        ids = self._encode(after[start:])
+        if last in self._stops and ids[:1] == [token]:
+            return ids[1:]
+        return ids
+
+    def _pair(self, messages: Messages, tools: list[dict[str, Any]] | None) -> tuple[str, str]:
+        """The stand-in conversation before and after the messages."""
+        problem: UserError | None = None
+        for turn in self._stand_ins(str(messages[0].get("role"))):
+            conversation: Messages = [{"role": "user", "content": "?"}, turn]
+            try:
+                before = self._render(conversation, add_generation_prompt=False, tools=tools)
+                after = self._render([*conversation, *messages], add_generation_prompt=True, tools=tools)
+            except UserError as error:
+                problem = problem or error
+                continue
+            if _MARK in before and after.startswith(before):
+                return before, after
+            if _MARK in before:
+                problem = _unstable(before, after, messages)
+        assert problem is not None
+        raise problem
+
+    def _stand_ins(self, role: str) -> Iterator[dict[str, Any]]:
+        if role == "tool":
+            call = {"type": "function", "id": "call00000", "function": {"name": _MARK, "arguments": {}}}
+            yield {"role": "assistant", "content": self._thought, "tool_calls": [call]}
+        yield {"role": "assistant", "content": self._thought + _MARK}
+
+
+def _unstable(before: str, after: str, messages: Messages) -> UserError:
+    same = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(before))
+    return UserError(
+        f"the chat template rewrites an assistant's turn once a message of role {messages[0].get('role')!r} follows: "
+        f"{before[max(same - 20, 0) : same + 40]!r} becomes {after[max(same - 20, 0) : same + 40]!r}",
+        reason="the tokens of earlier turns stay as they were sampled, so the model would be trained on conversations "
+        "that the template never writes",
+        fix="give model.chat_template a template that leaves earlier turns as they are (many that drop reasoning have "
+        "a switch for it: model.chat_template_kwargs)",
+    )

@@ -1,0 +1,302 @@
+"""Sizes chosen from the plan: they fit, they are no smaller than they must be, and what the config sets stays."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from tandem.rl import open_model, plan_memory
+from tandem.rl.config import Config
+from tandem.rl.config_file import load_config
+from tandem.rl.console import Console
+from tandem.rl.plan import Longest, ledger
+from tandem.rl.plan_devices import CONTEXT, GIB, Device, find_device, gpu_here
+from tandem.rl.plan_models import MODELS
+from tandem.rl.plan_shape import ModelShape, read_shape, shape_of
+from tandem.rl.plan_sizing import USED_SHARE, Sizing, choose_sizes
+from tandem.rl.samples import Prompt, Sequence
+from tandem.rl.trainer import TrainingData
+from tandem.rollout.vllm_plan import HEADROOM, VllmOptions, kv_cache_bytes
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted([*(ROOT / "examples").glob("*_24gb.yaml"), *(ROOT / "examples").glob("*_80gb.yaml")])
+# Weights in millions, from the models' cards and the sizes of their published files.
+PUBLISHED = {
+    "Qwen/Qwen3-0.6B": 596, "Qwen/Qwen3-1.7B": 1721, "Qwen/Qwen3-4B": 4022, "Qwen/Qwen3-4B-Instruct-2507": 4022,
+    "Qwen/Qwen3-8B": 8191, "Qwen/Qwen3-14B": 14768, "Qwen/Qwen3-32B": 32762, "meta-llama/Llama-3.1-8B": 8030,
+    "meta-llama/Llama-3.2-3B": 3213, "meta-llama/Llama-3.2-1B": 1236,
+}  # fmt: skip
+
+
+def config_of(**sections: dict[str, Any]) -> Config:
+    given: dict[str, Any] = {
+        "model": {"model_name_or_path": "Qwen/Qwen3-8B", "load_in_4bit": True},
+        "lora": {"r": 32},
+        "data": {"dataset_name": "d.json", "max_prompt_length": 512},
+        "rollout": {"engine": "vllm", "max_completion_length": 4096},
+        "rewards": {"reward_funcs": ["length"]},
+    }
+    for name, values in sections.items():
+        given[name] = given.get(name, {}) | values
+    return Config.model_validate(given)
+
+
+@pytest.fixture(scope="module")
+def qwen() -> ModelShape:
+    return shape_of(AutoConfig.for_model(**MODELS["Qwen/Qwen3-8B"]))
+
+
+def sized(shape: ModelShape, card: str, *, host: float = 64, **sections: dict[str, Any]) -> Sizing:
+    return choose_sizes(shape, config_of(**sections), find_device(card, host_gib=host))
+
+
+# --- models that are known --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_known_models_have_as_many_weights_as_published(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_a, **_k: pytest.fail("a hub was asked"))
+    shape = read_shape(config_of(model={"model_name_or_path": name}).model)
+    assert round(shape.weights / 1e6) == PUBLISHED[name]
+
+
+def test_a_revision_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    known = AutoConfig.for_model(**MODELS["Qwen/Qwen3-0.6B"])
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, revision, **_: asked.append(revision) or known)
+    read_shape(config_of(model={"model_name_or_path": "Qwen/Qwen3-8B", "revision": "abc"}).model)
+    assert asked == ["abc"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_for_cards_fit_them(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_a, **_k: pytest.fail("a hub was asked"))
+    config = load_config(path)
+    assert config.run_name == path.stem
+    cards = ["3090", "4090"] if "24gb" in path.stem else ["a100", "h100"]
+    for card in cards:
+        sizing = choose_sizes(read_shape(config.model), config, find_device(card, host_gib=64))
+        assert sizing.plan.fits(), card
+        assert sizing.chosen.keys() == {
+            "train.max_tokens", "train.offload_activations", "rollout.max_in_flight", "rollout.kv_cache_gib"
+        }  # fmt: skip
+
+
+def test_there_are_examples_for_both_cards() -> None:
+    models = {path.stem.rpartition("_")[0] for path in EXAMPLES}
+    assert models == {"qwen3_8b", "llama31_8b", "qwen3_4b_long", "qwen3_14b"}
+    assert len(EXAMPLES) == 2 * len(models)
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+@pytest.mark.parametrize("card", ["14", "16", "24", "48", "80"])
+def test_what_is_chosen_fits_with_room_to_spare(qwen: ModelShape, card: str, engine: str) -> None:
+    sizing = sized(qwen, card, rollout={"engine": engine})
+    plan, limit = sizing.plan, USED_SHARE * find_device(card).memory
+    assert plan.fits()
+    assert plan.training().bytes <= limit
+    rollout = plan.rollout()
+    assert rollout is not None
+    assert rollout.bytes <= limit + 0.02 * GIB
+
+
+def test_what_the_config_sets_stays(qwen: ModelShape) -> None:
+    given = {"train": {"max_tokens": 3000, "offload_activations": False}, "rollout": {"max_in_flight": 7}}
+    sizing = sized(qwen, "24", **given, data={"max_prompt_length": 100})
+    assert sizing.chosen.keys() == {"rollout.kv_cache_gib"}
+    again = sized(qwen, "24", rollout={"kv_cache_gib": 3.0})
+    assert again.config.rollout.kv_cache_gib == 3.0
+    assert again.plan.rollout().items["KV cache"] == 3 * GIB  # type: ignore[union-attr]
+    assert "rollout.kv_cache_gib" not in again.chosen
+
+
+def test_packs_are_halved_where_a_full_one_does_not_fit(qwen: ModelShape) -> None:
+    short = {"data": {"max_prompt_length": 256}, "rollout": {"engine": "transformers", "max_completion_length": 256}}
+    for gib in ("9.9", "10.5"):
+        sizing, room = sized(qwen, gib, **short), USED_SHARE * find_device(gib).memory
+        size = sizing.config.train.max_tokens
+        assert size is not None
+        assert 512 < size < 16384
+        assert sizing.plan.training().bytes <= room
+        # The next larger pack would not have fitted, in host memory or out of it.
+        for way in (True, False):
+            larger = {"train": {"max_tokens": 2 * size, "offload_activations": way}}
+            assert sized(qwen, gib, **short, **larger).plan.training().bytes > room
+    assert sized(qwen, "24", **short).config.train.max_tokens == 16384
+
+
+def test_long_sequences_have_a_pack_of_their_own_length(qwen: ModelShape) -> None:
+    sizing = sized(qwen, "80", data={"max_prompt_length": 30_000})
+    assert sizing.config.train.max_tokens == 30_000 + 4096
+
+
+def test_layers_inputs_leave_the_device_only_where_that_is_of_use(qwen: ModelShape) -> None:
+    assert sized(qwen, "24").config.train.offload_activations is True
+    assert sized(qwen, "80").config.train.offload_activations is False
+    # Without host memory for them they stay, and attention is recomputed.
+    poor = sized(qwen, "24", host=4)
+    assert poor.plan.host == {}
+    assert poor.plan.fits()
+
+
+def test_the_cache_holds_the_batch_where_there_is_room_and_one_sequence_at_least(qwen: ModelShape) -> None:
+    roomy, tight = sized(qwen, "80"), sized(qwen, "16")
+    batch = roomy.plan.cache_needed(64)
+    assert batch <= roomy.config.rollout.kv_cache_gib * GIB <= 1.02 * batch  # type: ignore[operator]
+    assert roomy.plan.in_flight >= 64
+    assert 1 <= tight.plan.in_flight < 64
+    assert (roomy.config.rollout.max_in_flight, tight.config.rollout.max_in_flight) == (64, 64)
+    # The engine's own check of what it is given takes it.
+    for sizing in (roomy, tight):
+        rollout = sizing.config.rollout
+        options = VllmOptions(max_num_seqs=rollout.max_in_flight, kv_cache_gib=rollout.kv_cache_gib)  # type: ignore[arg-type]
+        config = AutoConfig.for_model(**MODELS["Qwen/Qwen3-8B"])
+        assert kv_cache_bytes(config, options, 4608, free=0) == int(rollout.kv_cache_gib * GIB)  # type: ignore[operator]
+
+
+def test_one_very_long_sequence_gets_what_the_engine_asks_for(qwen: ModelShape) -> None:
+    """No room for more than one: the size must still pass the engine's check."""
+    config = config_of(
+        data={"max_prompt_length": 40_000}, rollout={"max_completion_length": 960, "num_generations": 2},
+        train={"generation_batch_size": 2},
+    )  # fmt: skip
+    longest = Longest(40_000, 960)
+    sizing = choose_sizes(qwen, config, find_device("24", host_gib=64), longest=longest)
+    options = VllmOptions(max_num_seqs=2, kv_cache_gib=sizing.config.rollout.kv_cache_gib)
+    assert kv_cache_bytes(AutoConfig.for_model(**MODELS["Qwen/Qwen3-8B"]), options, 40_960, free=0)
+
+
+def test_groups_share_the_cache_of_their_prompt(qwen: ModelShape) -> None:
+    plan = sized(qwen, "80", rollout={"num_generations": 8}).plan
+    token = plan.kv_bytes_per_token
+    assert plan.cache_needed(8) == token * (512 + 8 * 4096)
+    assert plan.cache_needed(64) == token * (8 * 512 + 64 * 4096)
+    assert plan.cache_needed(1) == token * (512 + 4096)
+
+
+def test_as_many_are_generated_at_once_as_the_batch_or_the_evaluation_has(qwen: ModelShape) -> None:
+    device = find_device("80", host_gib=64)
+    flights = [
+        choose_sizes(qwen, config_of(), device, evaluated=count).config.rollout.max_in_flight
+        for count in (0, 100, 5000)
+    ]
+    assert flights == [64, 100, 256]
+    # The transformers engine makes all of a batch at once, unless that does not fit.
+    assert "rollout.max_in_flight" not in sized(qwen, "80", rollout={"engine": "transformers"}).chosen
+    few = sized(qwen, "24", rollout={"engine": "transformers"}).config.rollout.max_in_flight
+    assert few is not None
+    assert 1 <= few < 64
+
+
+def test_what_does_not_fit_is_left_open_and_said(qwen: ModelShape) -> None:
+    sizing = sized(qwen, "5")
+    assert not sizing.plan.fits()
+    assert sizing.config.train.max_tokens == 512 + 4096
+    assert sizing.config.rollout.kv_cache_gib is None
+
+
+def test_lengths_of_the_data_count_before_those_of_the_config(qwen: ModelShape) -> None:
+    device, config = find_device("80"), config_of(algorithm={"name": "sft"})
+    work = ledger(qwen, config, device, Longest(700, 300)).work
+    assert (work.prompt, work.completion) == (700, 300)
+    work = ledger(qwen, config_of(), device, Longest(700, 300)).work
+    assert (work.prompt, work.completion) == (700, 4096)
+
+
+def test_the_plan_and_the_engine_agree_on_what_vllm_takes() -> None:
+    assert plan_memory.VLLM_HEADROOM + plan_memory.VLLM_GRAPHS == HEADROOM
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------------
+
+
+def started(config: Config, data: TrainingData, monkeypatch: pytest.MonkeyPatch, device: Device | None) -> tuple:
+    monkeypatch.setattr(open_model, "gpu_here", lambda: device)
+    file = io.StringIO()
+    console = Console(file, file)
+    inputs = SimpleNamespace(data=data)
+    return open_model.sized(config, open_model._wanted_engine(config, console), inputs, console), file  # type: ignore[arg-type]
+
+
+def test_a_run_chooses_and_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    data = TrainingData(prompts=[Prompt(0, [1] * 300, "")], eval_prompts=[Prompt(0, [1] * 90, "")] * 70)
+    config = config_of(data={"max_prompt_length": 9000})
+    made, said = started(config, data, monkeypatch, find_device("24", host_gib=64))
+    assert config.train.max_tokens is None
+    assert made.train.max_tokens == 16384
+    assert made.rollout.max_in_flight == 70
+    assert made.data == config.data
+    text = " ".join(said.getvalue().split())
+    assert (
+        f"train.max_tokens=16384 train.offload_activations=true rollout.max_in_flight=70 "
+        f"rollout.kv_cache_gib={made.rollout.kv_cache_gib}" in text
+    )
+    assert "training peaks at" in text
+    assert "a rollout at" in text
+    assert "needs more than there is" not in text
+    assert open_model.vllm_options(made, SimpleNamespace(data=data)).kv_cache_gib == made.rollout.kv_cache_gib  # type: ignore[arg-type]
+
+
+def test_a_run_that_does_not_fit_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = TrainingData(prompts=[Prompt(0, [1] * 300, "")])
+    _, said = started(config_of(), data, monkeypatch, find_device("4", host_gib=64))
+    assert "needs more than there is. It does not fit: training needs" in " ".join(said.getvalue().split())
+
+
+def test_examples_of_sft_give_their_own_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = Sequence([1] * 20_000, [2] * 1_000, [True] * 1_000)
+    data = TrainingData(examples=[Sequence([1], [2], [True]), long])
+    made, _ = started(config_of(algorithm={"name": "sft"}), data, monkeypatch, find_device("24", host_gib=64))
+    assert made.train.max_tokens == 21_000
+
+
+def test_nothing_changes_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = TrainingData(prompts=[Prompt(0, [1] * 300, "")])
+    for config, device in ((config_of(), None), (config_of(model={"device": "cpu"}), find_device("24"))):
+        made, said = started(config, data, monkeypatch, device)
+        assert made is config
+        assert "sizes" not in said.getvalue()
+
+
+def test_a_model_that_cannot_be_planned_runs_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(model={"model_name_or_path": "nobody/nothing"})
+    data = TrainingData(prompts=[Prompt(0, [1] * 300, "")])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    made, said = started(config, data, monkeypatch, find_device("24", host_gib=64))
+    assert made is config
+    assert "no plan could be made" in said.getvalue()
+
+
+def test_memory_that_others_hold_is_not_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA GeForce RTX 4090", total_memory=int(23.5 * GIB))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10 * GIB, int(23.5 * GIB)))
+    here = gpu_here()
+    assert here is not None
+    assert here.memory == 10 * GIB + CONTEXT
+    assert here.bandwidth == find_device("4090").bandwidth
+    assert 0 < here.host_gib < 1 << 14  # type: ignore[operator]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (int(23.5 * GIB), int(23.5 * GIB)))
+    assert gpu_here().memory == int(23.5 * GIB)  # type: ignore[union-attr]
+
+
+def test_the_table_of_the_examples_is_that_of_their_plans() -> None:
+    spec = importlib.util.spec_from_file_location("make_plan_table", ROOT / "docs" / "make_plan_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.table().count("\n") == len(EXAMPLES) + 1
+    assert module.TARGET.read_text(encoding="utf-8") == module.render()
