@@ -182,7 +182,8 @@ def test_a_run_of_an_undescribed_family_falls_back(tmp_path: Path, capsys):
     vocabulary = {f"w{i}": i for i in range(3, 256)} | {"<pad>": 0, "<bos>": 1, "<eos>": 2}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
     inputs: Any = SimpleNamespace(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>")
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>"),
+        data=SimpleNamespace(prompts=None, eval_prompts=None),
     )
     config = Config.model_validate(
         {
