@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.v1.worker.gpu_worker import Worker
 
 from tandem.kernels.int4_marlin import MarlinScratch
+from tandem.kernels.reference import wide_product
 from tandem.rollout.policy_adapter import POLICY_ID, Stacks
 from tandem.rollout.stored_linear import reserve_scratch
 from tandem.rollout.weight_binding import WeightBinding
@@ -162,6 +163,11 @@ class StoredEmbeddingMethod(UnquantizedEmbeddingMethod):
 
             weight = get_accelerator_view_from_cpu_tensor(weight)
         layer.register_parameter("weight", _frozen(weight))
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits in float32, as the trainer computes them: rounded to bfloat16, a logit of 20 is off by up to 0.06."""
+        logits = wide_product(x.reshape(-1, x.shape[-1]), layer.weight.t()).view(*x.shape[:-1], -1)
+        return logits if bias is None else logits + bias
 
 
 _LINEAR_METHODS = {"nf4": Nf4LinearMethod, "int4": Int4LinearMethod, "bf16": DenseLinearMethod}

@@ -34,12 +34,14 @@ class WeightBinding:
     def embedding(self, name: str) -> torch.Tensor:
         """`[V, d]` of the embedding or the head `name`; for a tied head that of the embedding.
 
+        Llama's classes in vLLM give the embedding no name at all: "" is the embedding.
+
         Raises:
             RuntimeError: the store has none.
         """
         dense = self.store.dense
         found = dense.get(f"{name}.weight")
-        if found is None and getattr(self.store.config, "tie_word_embeddings", False):
+        if found is None and (not name or getattr(self.store.config, "tie_word_embeddings", False)):
             found = next((t for key, t in dense.items() if key.endswith("embed_tokens.weight")), None)
         if found is None:
             raise RuntimeError(f"the engine builds an embedding {name!r} that the weight store does not have")

@@ -80,12 +80,12 @@ def checkpoint(family: str, folder: Path) -> Path:
 
 def build(name: str, folder: Path) -> SimpleNamespace:
     """Store, trainer's model with a random adapter, engine, prompts; and the process as it was before the engine."""
-    from tandem.kernels.linear_logprob import HeadOptions
-    from tandem.rl.config import LoraConfig
+    from tandem.rl.config import LoraConfig, ModelConfig
+    from tandem.rl.errors import UserError
+    from tandem.rl.fused_layer import FusedLayers, Plan
     from tandem.rl.lora import attach_lora
-    from tandem.rl.model import LanguageModel
+    from tandem.rl.model import load_model
     from tandem.rl.samples import Prompt
-    from tandem.rl.store import WeightStore
     from tandem.rollout.vllm_engine import VllmEngine
     from tandem.rollout.vllm_plan import VllmOptions
     from tandem.rollout.vllm_versions import refusal
@@ -93,11 +93,18 @@ def build(name: str, folder: Path) -> SimpleNamespace:
     assert refusal() is None, refusal()
     source, format, compiled = ENGINES[name]
     path = source if source == TRAINED else str(checkpoint(source, folder))
-    store = WeightStore.open(path, format=format, device="cuda", cache_dir=folder / "store")
-    lm = LanguageModel(
-        store.causal_lm(), SimpleNamespace(pad_token_id=0), torch.device("cuda"), torch.bfloat16, HeadOptions(), 1024
-    )
+    quantised = {} if format == "bf16" else {"load_in_4bit": True, "weight_format": format}
+    config = ModelConfig(model_name_or_path=path, max_length=1024, device="cuda", **quantised)
+    lm = load_model(config, SimpleNamespace(pad_token_id=0), shared=True)
+    store = lm.store
+    assert store is not None, lm.notes
+    assert store.format == format
     attach_lora(lm, LoraConfig(r=12, lora_alpha=20), seed=0)
+    try:
+        FusedLayers(Plan(), offload=False).attach(lm)
+        say("layers", "fused")
+    except UserError as error:
+        say("layers", error.problem)
     if source == TRAINED:
         from transformers import AutoTokenizer
 
@@ -146,19 +153,16 @@ def move(lm: Any, seed: int, size: float = 0.05) -> None:
                 parameter.copy_(noise * scale)
 
 
-@torch.no_grad()
 def trainer_log_probs(lm: Any, groups: list, temperature: float = 1.0) -> list[torch.Tensor]:
-    """Through transformers' own forward, a group at a time."""
-    rows = []
-    for group in groups:
-        longest = max(len(c.ids) for c in group.completions)
-        ids = torch.tensor([group.prompt.ids + c.ids + [0] * (longest - len(c.ids)) for c in group.completions])
-        ids = ids.cuda()
-        first = len(group.prompt.ids)
-        logits = lm.model(input_ids=ids).logits[:, first - 1 : -1].float() / temperature
-        picked = logits.log_softmax(-1).gather(-1, ids[:, first:, None])[..., 0].cpu()
-        rows += [row[: len(c.ids)] for row, c in zip(picked, group.completions, strict=True)]
-    return rows
+    """As the trainer scores rollouts: packed, and with float32 logits."""
+    from tandem.rl.model import with_sampling
+    from tandem.rl.packing import pack
+    from tandem.rl.samples import Sequence
+    from tandem.rl.step import sequence_log_probs
+
+    rows = [Sequence(g.prompt.ids, c.ids, [True] * len(c.ids)) for g in groups for c in g.completions]
+    head = with_sampling(lm.head, temperature=temperature, top_k=0, top_p=1.0, chunk_size=1024)
+    return sequence_log_probs(lm, pack(rows, 4096, share_prefix=False), len(rows), head)[0]
 
 
 def sampling(**changes: Any) -> Any:
