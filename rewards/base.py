@@ -49,6 +49,7 @@ BUILT_IN: dict[str, str] = {
     "gate": "tandem.rewards.combine",
     "minimum": "tandem.rewards.combine",
     "group_ranks": "tandem.rewards.combine",
+    "environment": "tandem.rewards.environment",
 }
 """Rewards that a config may name without a module, and where each is defined."""
 
@@ -61,9 +62,11 @@ RESERVED = (*TEXT_ARGUMENTS, *TRAINER_ARGUMENTS)
 """Arguments that the toolkit fills; neither a column nor a config's kwargs may replace them."""
 OTHER_VALUES = "rewards_by_name"
 """A reward that names this argument is called after those without it and gets their values: `{name: [value, …]}`."""
-ON_REQUEST = (OTHER_VALUES, "group_numbers", "reward_timeout")
+EPISODES = "episodes"
+ON_REQUEST = (OTHER_VALUES, "group_numbers", "reward_timeout", EPISODES)
 """Arguments that the toolkit fills only where a function names them: the other rewards' values, which completions share
-a prompt (one number per completion), and the seconds that the call may take."""
+a prompt (one number per completion), the seconds that the call may take, and how completions of several turns came
+about (`rl.samples.Episode`, None for those of one turn)."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tandem.rewards.base import ON_REQUEST, OTHER_VALUES, RESERVED, Reward, locate, nearest
+from tandem.rewards.base import EPISODES, ON_REQUEST, OTHER_VALUES, RESERVED, Reward, locate, nearest
 from tandem.rewards.time_limit import Outcome, TimeLimitReached, run_all_within, run_within
 from tandem.rl.errors import UserError
 from tandem.rl.samples import Completion, Prompt
@@ -125,7 +125,7 @@ class Call:
             "trainer_state": lambda: self.state,
             "log_extra": lambda: self._log_extra,
             "log_metric": lambda: self._log_metric,
-            "environments": lambda: None,
+            "environments": lambda: self._environments(),
         }
         arguments |= {name: make() for name, make in ours.items() if wanted is None or name in wanted}
         asked = set(self.reward.named()).intersection(ON_REQUEST)
@@ -133,11 +133,17 @@ class Call:
             OTHER_VALUES: lambda: {name: list(values) for name, values in self.others.items()},
             "group_numbers": lambda: [row.group for row in self.rows],
             "reward_timeout": lambda: self.timeout,
+            EPISODES: lambda: [row.completion.episode for row in self.rows],
         }
         # A column of such a name is the function's own business.
         arguments |= {name: on_request[name]() for name in ON_REQUEST if name in asked and name not in arguments}
         self._check_required(arguments)
         return arguments
+
+    def _environments(self) -> list[Any] | None:
+        """What played each completion; None where there are no environments."""
+        found = [row.completion.episode and row.completion.episode.environment for row in self.rows]
+        return found if any(environment is not None for environment in found) else None
 
     def columns(self) -> list[str]:
         """Names of the data set's columns that reach rewards, in order of appearance."""
@@ -244,6 +250,9 @@ def _number(value: Any) -> float | None:
 
 
 def _completion(row: Row) -> str | list[dict[str, Any]]:
+    if row.completion.episode is not None:
+        copy: list[dict[str, Any]] = _own_copy(row.completion.episode.messages)
+        return copy
     return [{"role": "assistant", "content": row.text}] if row.prompt.conversational else row.text
 
 

@@ -25,6 +25,8 @@ _PATH_KEYS = {
     "model_name_or_path",
     "rubric_file",
     "schema_file",
+    "factory",
+    "tools",
 }
 
 

@@ -55,6 +55,7 @@ def training_sampling(config: Config, stop_token_ids: tuple[int, ...], seed: int
         top_p=rollout.top_p,
         top_k=rollout.top_k,
         stop_token_ids=stop_token_ids,
+        stop=tuple(rollout.stop),
         seed=seed,
     )
 
@@ -65,6 +66,7 @@ def eval_sampling(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling:
         max_completion_length=config.rollout.max_completion_length,
         temperature=config.eval.temperature,
         stop_token_ids=stop_token_ids,
+        stop=tuple(config.rollout.stop),
         seed=_EVAL_SEED,
     )
 

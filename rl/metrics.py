@@ -181,7 +181,7 @@ def rollout_metrics(rows: Sequence[Scored]) -> dict[str, float]:
         values = [_or_nan(row.rewards.get(name)) for row in rows]
         metrics[f"rewards/{name}/mean"] = _nan_mean(values)
         metrics[f"rewards/{name}/std"] = _nan_std(values)
-    return metrics | _lengths(rows)
+    return metrics | _lengths(rows) | _episodes(rows)
 
 
 def reward_names(rows: Iterable[Scored]) -> list[str]:
@@ -207,9 +207,9 @@ def _share_without_spread(rows: Sequence[Scored], totals: list[float]) -> float:
 
 
 def _lengths(rows: Sequence[Scored]) -> dict[str, float]:
-    lengths = [len(row.completion.ids) for row in rows]
+    lengths = [row.completion.num_sampled for row in rows]
     # TRL reports 0 where no completion ended by itself.
-    terminated = [len(row.completion.ids) for row in rows if not row.completion.truncated] or [0]
+    terminated = [row.completion.num_sampled for row in rows if not row.completion.truncated] or [0]
     return {
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/min_length": float(min(lengths)),
@@ -218,6 +218,21 @@ def _lengths(rows: Sequence[Scored]) -> dict[str, float]:
         "completions/mean_terminated_length": sum(terminated) / len(terminated),
         "completions/min_terminated_length": float(min(terminated)),
         "completions/max_terminated_length": float(max(terminated)),
+    }
+
+
+def _episodes(rows: Sequence[Scored]) -> dict[str, float]:
+    """Turns and tool calls, by TRL's names where it has one; nothing where completions are single turns."""
+    episodes = [row.completion.episode for row in rows if row.completion.episode is not None]
+    if not episodes:
+        return {}
+    calls = sum(episode.calls for episode in episodes)
+    return {
+        "tools/call_frequency": calls / len(episodes),
+        "tools/failure_frequency": sum(episode.failed_calls for episode in episodes) / calls if calls else 0.0,
+        "episodes/mean_turns": sum(episode.turns for episode in episodes) / len(episodes),
+        "episodes/done_ratio": sum(episode.ending == "done" for episode in episodes) / len(episodes),
+        "episodes/failed_ratio": sum(episode.ending in ("time", "error") for episode in episodes) / len(episodes),
     }
 
 

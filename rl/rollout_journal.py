@@ -232,6 +232,8 @@ def _record_of(line: bytes) -> dict[str, Any] | None:
 def _row_of(record: dict[str, Any]) -> Scored:
     not_finite = {place: float(text) for place, text in json.loads(record["not_finite"]).items()}
     completion, scored = json.loads(record["more"])
+    if "episode" in completion:
+        completion["episode"] = Episode(**completion["episode"])
     if completion.get("episode") is not None:
         completion["episode"] = Episode(**completion["episode"])
     return Scored(

@@ -148,7 +148,7 @@ class VllmEngine:
             temperature=sampling.temperature,
             top_p=1.0 if greedy else sampling.top_p,
             top_k=0 if greedy else sampling.top_k,
-            max_tokens=sampling.max_completion_length,
+            max_tokens=_longest(prompt, sampling),
             stop_token_ids=list(sampling.stop_token_ids),
             stop=list(sampling.stop),
             include_stop_str_in_output=True,
@@ -317,14 +317,20 @@ def request_seed(seed: int, prompt_index: int) -> int:
 
 def check_lengths(prompts: list[Prompt], sampling: Sampling, max_model_len: int) -> None:
     """Raises UserError where a prompt with its longest completion does not fit."""
-    longest = max((len(prompt.ids) for prompt in prompts), default=0)
-    if longest + sampling.max_completion_length > max_model_len:
+    longest = max(prompts, key=lambda prompt: len(prompt.ids) + _longest(prompt, sampling), default=None)
+    if longest is not None and len(longest.ids) + _longest(longest, sampling) > max_model_len:
         raise UserError(
-            f"a prompt of {longest} tokens and a completion of {sampling.max_completion_length} are "
-            f"{longest + sampling.max_completion_length} tokens",
+            f"a prompt of {len(longest.ids)} tokens and a completion of {_longest(longest, sampling)} are "
+            f"{len(longest.ids) + _longest(longest, sampling)} tokens",
             reason=f"the vLLM engine was built for sequences of {max_model_len} (rollout.max_model_len)",
             fix="raise rollout.max_model_len, or shorten data.max_prompt_length or rollout.max_completion_length",
         )
+
+
+def _longest(prompt: Prompt, sampling: Sampling) -> int:
+    """Tokens that a completion of this prompt may have."""
+    longest = sampling.max_completion_length
+    return longest if prompt.limit is None else min(prompt.limit, longest)
 
 
 def group_of(prompt: Prompt, output: Any, sampling: Sampling) -> Group:
