@@ -75,7 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cycles", type=int, default=20)
     parser.add_argument("--kv-gib", type=float, default=8.0)
     parser.add_argument("--eager", action="store_true", help="no compilation and no graphs: tries the benchmark out")
-    parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one system")
+    parser.add_argument("--timeout", type=float, default=420.0, help="seconds for one system")
     parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results)")
     parser.add_argument("--worker", choices=(*SYSTEMS, "device", "checkpoint"), help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=Path, help=argparse.SUPPRESS)

@@ -75,13 +75,14 @@ def on_stream(stream: Any) -> Iterator[None]:
 
 
 def _snapshot() -> dict[str, Any]:
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    # `is_available` and `device_count` may ask the driver anew, which can take longer than waking the engine.
+    cuda = torch.cuda.is_initialized()
     return {
         "environment": dict(os.environ),
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if cuda else None,
+        "cuda": torch.cuda.get_rng_state() if cuda else None,
         "precision": torch.get_float32_matmul_precision(),
         "dtype": torch.get_default_dtype(),
         "device": torch.get_default_device(),
@@ -98,7 +99,7 @@ def _restore(state: dict[str, Any]) -> None:
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"])
     torch.set_float32_matmul_precision(state["precision"])
     torch.set_default_dtype(state["dtype"])
     if torch.get_default_device() != state["device"]:

@@ -40,7 +40,12 @@ def sharing(store: Any) -> Iterator[dict[str, Any]]:
     assert _binding is None, "one engine at a time can be built on a store"
     _binding = WeightBinding(store)
     try:
-        yield {"quantization": QUANTIZATION, "load_format": LOAD_FORMAT}
+        yield {
+            "quantization": QUANTIZATION,
+            "load_format": LOAD_FORMAT,
+            # Part of the name under which vLLM keeps compiled graphs: those of another format do not fit.
+            "additional_config": {"stored_weights": _binding.layout_digest()},
+        }
     finally:
         _binding = None
 

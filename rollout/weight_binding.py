@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,6 +52,12 @@ class WeightBinding:
         """Elements of the largest stacked weight that is stored so; 0: none is."""
         fitting = [one for one in self.store.linears.values() if one.format.name == format]
         return max((one.out_features * one.in_features for one in fitting), default=0)
+
+    def layout_digest(self) -> str:
+        """Equal for stores whose tensors have the same names, types and shapes in the same formats."""
+        layout = sorted((name, str(tensor.dtype), list(tensor.shape)) for name, tensor in self._tensors())
+        formats = sorted((name, one.format.name) for name, one in self.store.linears.items())
+        return hashlib.sha256(repr((layout, formats)).encode()).hexdigest()
 
     def shared(self, key: str, make: Callable[[], Any]) -> Any:
         """Something that all layers use together, made when the first asks."""

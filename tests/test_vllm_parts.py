@@ -375,6 +375,11 @@ def test_binding_makes_every_parameter_the_stores():
     assert binding.embedding("lm_head").data_ptr() == store.dense["embed_tokens.weight"].data_ptr(), "tied"
     assert binding.largest_linear("nf4") == 32
     assert binding.largest_linear("int4") == 0
+    assert binding.embedding("").data_ptr() == store.dense["embed_tokens.weight"].data_ptr(), "Llama's has no name"
+    assert binding.layout_digest() == WeightBinding(small_store()).layout_digest()
+    other = small_store()
+    other.linears["qkv"].format.name = "int4"
+    assert binding.layout_digest() != WeightBinding(other).layout_digest(), "graphs of one format do not fit another"
     store.config.tie_word_embeddings = False
     with pytest.raises(RuntimeError, match="'lm_head'"):
         binding.embedding("lm_head")
