@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tandem.rl.errors import UserError
-from tandem.rl.journal import sync_folder, write_whole
+from tandem.rl.journal import sync, write_whole
 from tandem.rl.lora import load_adapter, save_adapter, trainable
 from tandem.rl.model import LanguageModel
 from tandem.rl.optim import optimizer_tensors, restore_optimizer
@@ -93,7 +92,7 @@ def _write_whole_folder(folder: Path, lm: LanguageModel, optimizer: torch.optim.
     (folder / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
     files = sorted(folder.iterdir())
     for path in files:
-        _sync(path)
+        sync(path)
     manifest = {path.name: {"size": path.stat().st_size, "sha256": _digest(path)} for path in files}
     write_whole(folder / _MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode("ascii"))
 
@@ -104,7 +103,7 @@ def _replace(beside: Path, target: Path) -> None:
     if target.exists():
         _remove(target)
     beside.rename(target)
-    sync_folder(target.parent)
+    sync(target.parent)
 
 
 def _remove(folder: Path) -> None:
@@ -140,7 +139,7 @@ def save_final_adapter(run_dir: Path, lm: LanguageModel) -> Path:
         beside.mkdir()
         save_adapter(lm, beside)
         for path in beside.iterdir():
-            _sync(path)
+            sync(path)
         _replace(beside, target)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -262,15 +261,6 @@ def _checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     folder = run_dir / "checkpoints"
     found = [(int(m[1]), p) for p in folder.glob("step_*") if (m := _NAME.match(p.name))] if folder.is_dir() else []
     return sorted(found)
-
-
-def _sync(path: Path) -> None:
-    """Bring a file or folder to the disk, so that a rename never shows an empty file after a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(path: Path) -> str:

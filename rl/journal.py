@@ -84,7 +84,7 @@ def write_whole(path: Path, content: bytes) -> Path:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-    sync_folder(path.parent)
+    sync(path.parent)
     return path
 
 
@@ -144,10 +144,12 @@ def unescaped(text: str) -> str:
     return _ESCAPED.sub(lambda match: chr(int(match[1], 16)), text) if _ESCAPE in text else text
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring the rename itself to the disk, where folders can be opened (not on Windows)."""
+def sync(path: Path) -> None:
+    """Bring a file, or a folder and with it a rename in it, to the disk, where that can be asked for (not on Windows).
+
+    Otherwise a power cut could leave an empty file behind its new name."""
     if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

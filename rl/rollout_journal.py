@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from tandem.rl.config import Config
 from tandem.rl.errors import UserError
-from tandem.rl.journal import escaped, sync_folder, unescaped
+from tandem.rl.journal import escaped, sync, unescaped
 from tandem.rl.samples import Completion, Episode, Prompt, Scored
 
 _CHECKSUM = b', "sha256": "'
@@ -113,7 +113,7 @@ class RolloutJournal:
             with self.path.open("ab") as file:
                 self._write(file, rollout)
             if created:
-                sync_folder(self.path.parent)
+                sync(self.path.parent)
         except OSError as error:
             raise UserError(
                 f"the rollout after step {step} cannot be written to {str(self.path)!r}: {error}",
@@ -233,8 +233,6 @@ def _row_of(record: dict[str, Any]) -> Scored:
     not_finite = {place: float(text) for place, text in json.loads(record["not_finite"]).items()}
     completion, scored = json.loads(record["more"])
     if "episode" in completion:
-        completion["episode"] = Episode(**completion["episode"])
-    if completion.get("episode") is not None:
         completion["episode"] = Episode(**completion["episode"])
     return Scored(
         prompt=Prompt(record["prompt_index"], record["prompt_ids"], json.loads(record["prompt"])),

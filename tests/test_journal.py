@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tandem.rl.config_file import parse_config
 from tandem.rl.errors import UserError
 from tandem.rl.rollout_journal import Mark, RolloutJournal, journal_path, read_journal, source_of
-from tandem.rl.samples import Completion, Prompt, Scored
+from tandem.rl.samples import Completion, Episode, Prompt, Scored
 
 SOURCE = "0123456789abcdef"
 START = Mark()
@@ -56,6 +56,14 @@ def filled(folder: Path, rollouts: int = 3, rows: int = 4) -> list[Mark]:
 def bits(value: float | None) -> bytes | None:
     """NaN is not equal to itself; its sign and payload are no part of what is kept."""
     return None if value is None else b"nan" if math.isnan(value) else struct.pack("d", value)
+
+
+def test_an_episode_is_read_back(tmp_path):
+    episode = Episode([{"role": "tool", "content": "4"}], 2, 1, 0, [None, 0.5], 0.5, "turns", environment=object())
+    played = replace(scored(), completion=Completion([1, 2], [-0.5, 0.0], False, [True, False], episode))
+    journal(tmp_path).append([played], {}, position=0, step=0)
+    ((back,),) = ([*rollout.rows] for rollout in read_journal(tmp_path))
+    assert back.completion == replace(played.completion, episode=replace(episode, environment=None))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
