@@ -57,8 +57,9 @@ types: $(VENV)/.dev
 dev: $(VENV)/.dev ## .venv with all tools of a developer
 	@echo '==> ready: . $(BIN)/activate'
 
-docs: $(VENV)/.demo ## write docs/config.md anew from rl/config.py
+docs: $(VENV)/.demo ## write the tables in docs/config.md and docs/plan.md anew
 	@$(BIN)/python docs/make_config_table.py
+	@$(BIN)/python docs/make_plan_table.py
 
 clean: ## remove .venv, build outputs and caches; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

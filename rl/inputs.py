@@ -51,7 +51,6 @@ def prepare(config: Config, console: Console) -> Inputs:
     quiet_libraries()
     train_rows = _rows(config.data, config.data.dataset_train_split, "data")
     eval_rows = _rows(config.eval, config.eval.dataset_test_split, "eval") if config.eval.dataset_name else None
-    warmup_rows = _rows(config.warmup, config.warmup.dataset_train_split, "warmup") if config.warmup.max_steps else None
     kind = _kind(config)
     environments = _environments(config)
     if config.environment.factory is not None:
@@ -59,8 +58,7 @@ def prepare(config: Config, console: Console) -> Inputs:
     check_columns(train_rows, kind, "data.dataset_name")
     if eval_rows is not None:
         check_columns(eval_rows, kind, "eval.dataset_name")
-    if warmup_rows is not None:
-        check_columns(warmup_rows, "sft", "warmup.dataset_name")
+    warmup_rows = _warmup_rows(config)
     if kind in ("preference", "labelled") or config.algorithm.name == "online_dpo":
         options = PreferenceOptions(**config.preference.model_dump(exclude={"loss_type"}))
         check_options(config.preference.loss_type, options)
@@ -149,12 +147,19 @@ def with_environments(
 def prepare_replay(config: Config, prompts: list[Prompt], console: Console) -> Inputs:
     """What a replay of journalled rollouts reads: no data set and no rewards, only a warm-up's examples."""
     quiet_libraries()
-    warmup_rows = _rows(config.warmup, config.warmup.dataset_train_split, "warmup") if config.warmup.max_steps else None
-    if warmup_rows is not None:
-        check_columns(warmup_rows, "sft", "warmup.dataset_name")
+    warmup_rows = _warmup_rows(config)
     tokenizer = load_tokenizer(config.model)
     data = TrainingData(prompts=prompts, warmup=_examples(warmup_rows, tokenizer, config, console))
     return Inputs(tokenizer, data, Judge([], tokenizer, config.rewards.timeout), _objective(config))
+
+
+def _warmup_rows(config: Config) -> Any:
+    """The examples of the warm-up, checked; None: there is none."""
+    if not config.warmup.max_steps:
+        return None
+    rows = _rows(config.warmup, config.warmup.dataset_train_split, "warmup")
+    check_columns(rows, "sft", "warmup.dataset_name")
+    return rows
 
 
 def _kind(config: Config) -> Kind:

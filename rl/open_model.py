@@ -95,7 +95,7 @@ def longest_sequence(config: Config, inputs: Inputs) -> Longest:
 
 
 def _wanted_engine(config: Config, console: Console) -> str:
-    """The engine to try. The vLLM engine has not run on a GPU yet, so a run gets it only by name."""
+    """The engine to try. The vLLM engine is on trial, so a run gets it only by name."""
     if not config.uses_rollouts or config.rollout.engine == "transformers":
         return "transformers"
     if config.rollout.engine == "vllm":

@@ -63,6 +63,11 @@ class Pack:
         self.counts.append(len(kept))
 
 
+def default_max_tokens(device: str) -> int:
+    """Tokens of a pack where the config does not say."""
+    return 16384 if device == "cuda" else 4096
+
+
 def pack(sequences: list[Sequence], max_tokens: int, *, share_prefix: bool = True) -> list[Pack]:
     """Put sequences into as few packs as first-fit-decreasing finds, each of at most `max_tokens` tokens.
 

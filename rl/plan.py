@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from tandem.rl.config import Config
+from tandem.rl.packing import default_max_tokens
 from tandem.rl.plan_devices import CONTEXT, GIB, Device
 from tandem.rl.plan_memory import (
     FRAGMENTATION,
@@ -33,7 +34,7 @@ from tandem.rl.plan_time import Work, step_seconds
 
 # Prompt tokens that are planned for where neither data.max_prompt_length nor a longest sequence is given.
 ASSUMED_PROMPT = 1024
-MAX_TOKENS = 16384  # of a pack, on a GPU
+MAX_TOKENS = default_max_tokens("cuda")
 VLLM_IN_FLIGHT = 256
 # Lengths are searched for up to here, and found to this step.
 _LONGEST, _STEP = 1 << 22, 64

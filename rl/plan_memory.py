@@ -7,7 +7,7 @@ the three stages of a layer's backward pass (`rl/layer_run.py`), each with all t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from tandem.rl.config import Config
@@ -420,8 +420,3 @@ def _autograd_bytes(setup: Setup) -> int:
     adapted = setup.adapter.names
     copies = sum(4 * (one.columns + setup.adapter.rank) for one in _layer_linears(setup) if one.name in adapted)
     return norms + attention + mlp + copies
-
-
-def with_plan(setup: Setup, **changes: object) -> Setup:
-    """The same with other tiles, groups or attention."""
-    return replace(setup, plan=replace(setup.plan, **changes))  # type: ignore[arg-type]

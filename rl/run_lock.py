@@ -73,14 +73,6 @@ def run_lock(run_dir: Path, *, note: Callable[[str], None] | None = None) -> Ite
         os.close(descriptor)
 
 
-def owner_of(run_dir: Path) -> Owner | None:
-    """Who holds, or was the last to hold, a run folder, by what its lock file says. Not to be asked by the holder."""
-    try:
-        return Owner(**json.loads((Path(run_dir) / NAME).read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
 def _taken(run_dir: Path, path: Path, note: Callable[[str], None] | None) -> int:
     """The lock file, open and locked."""
     while True:

@@ -60,6 +60,12 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
 
+    def longest(self, prompt: Prompt) -> int:
+        """Tokens that a completion of this prompt may have."""
+        if prompt.limit is None:
+            return self.max_completion_length
+        return min(prompt.limit, self.max_completion_length)
+
 
 @dataclass
 class Episode:

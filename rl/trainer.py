@@ -28,7 +28,7 @@ from tandem.rl.lora import trainable
 from tandem.rl.metrics import Meter
 from tandem.rl.model import LanguageModel, with_sampling
 from tandem.rl.optim import apply_gradients, learning_rate
-from tandem.rl.packing import Pack, pack
+from tandem.rl.packing import Pack, default_max_tokens, pack
 from tandem.rl.parity import ParityGate, Recorder
 from tandem.rl.policy_loss import policy_loss
 from tandem.rl.preference_loss import PreferenceOptions, needs_reference
@@ -112,7 +112,7 @@ class Trainer:
         sampled = partial(with_sampling, lm.head, chunk_size=config.train.logprob_chunk_size)
         self._head = sampled(temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p)
         self._plain_head = sampled(temperature=1.0, top_k=0, top_p=1.0)
-        self._max_tokens = config.train.max_tokens or (16384 if lm.device.type == "cuda" else 4096)
+        self._max_tokens = config.train.max_tokens or default_max_tokens(lm.device.type)
         self._sampler = PromptSampler(data.num_rows, seed=config.seed, shuffle=config.data.shuffle_dataset)
         self._preferences = PreferenceOptions(**config.preference.model_dump(exclude={"loss_type"}))
         self._clock = StepClock(torch.cuda.synchronize if lm.device.type == "cuda" else None, on_part=console.part)

@@ -24,7 +24,7 @@ from typing import Any
 from tandem.rl.errors import UserError, cause, short
 from tandem.rl.samples import Messages, Prompt
 from tandem.rollout.tool_calls import BadCall, ParsedTurn, ToolCall
-from tandem.rollout.tools import Tool, failed_call, run_calls, tools_of
+from tandem.rollout.tools import Tool, failed_call, run_calls, text_of, tools_of
 from tandem.rollout.workers import resolved
 
 Observation = str | Mapping[str, Any] | list[dict[str, Any]] | None
@@ -251,20 +251,11 @@ def _opening(prompt: Messages, result: Any, environment: Any) -> Messages:
         return prompt
     if isinstance(result, list) and all(isinstance(m, Mapping) and "role" in m for m in result) and result:
         return [dict(message) for message in result]
-    text = _text(result)
+    text = text_of(result)
     if text is None:
         raise EnvironmentFault(f"{_name(environment)}.reset returned {short(result)}, not None, a text or messages")
     content = prompt[-1].get("content") or ""
-    return [*prompt[:-1], {**prompt[-1], "content": (_text(content) or "") + text}]
-
-
-def _text(value: Any) -> str | None:
-    """A text, or the joined text parts of a list; None: it is neither."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in value):
-        return "".join(str(p.get("text", "")) for p in value)
-    return None
+    return [*prompt[:-1], {**prompt[-1], "content": (text_of(content) or "") + text}]
 
 
 def _step(result: Any, environment: Any) -> Step:

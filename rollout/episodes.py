@@ -7,7 +7,6 @@ tokenised a second time. The engine generates for whatever episodes are ready, w
 
 from __future__ import annotations
 
-import hashlib
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from tandem.rl.samples import Completion, Episode, Group, Messages, Prompt, Samp
 from tandem.rollout.chat_turns import ChatTurns
 from tandem.rollout.engine import Progress, RolloutEngine
 from tandem.rollout.environments import Answer, EnvironmentFault, Environments, Session
+from tandem.rollout.random_streams import mixed
 from tandem.rollout.tool_calls import ParsedTurn
 from tandem.rollout.workers import Job, Workers
 
@@ -285,8 +285,7 @@ class EpisodeEngine:
 
 def _stream(index: int, sample: int, turn: int) -> int:
     """The number that seeds a turn's random stream: one per row, completion and turn."""
-    digest = hashlib.blake2b(f"{index}/{sample}/{turn}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2
+    return mixed(index, sample, turn) >> 2
 
 
 def _group(prompt: Prompt, plays: list[_Play]) -> Group:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,8 +109,15 @@ def _parameters(tool: Tool) -> list[str]:
     return list(tool.schema["function"].get("parameters", {}).get("properties", {}))
 
 
+def text_of(value: Any) -> str | None:
+    """A text, or the joined text parts of a list, as TRL's multimodal tools return them; None: it is neither."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in value):
+        return "".join(str(p.get("text", "")) for p in value)
+    return None
+
+
 def _content(result: Any) -> str:
-    """A result as text; text parts, as TRL's multimodal tools return them, are joined."""
-    if isinstance(result, list) and result and all(isinstance(p, dict) and p.get("type") == "text" for p in result):
-        return "".join(str(part.get("text", "")) for part in result)
-    return str(result)
+    text = None if result == [] else text_of(result)
+    return str(result) if text is None else text

@@ -83,11 +83,10 @@ class TransformersEngine:
         return [Group(p, [self._completion(next(finished)) for _ in range(sampling.num_generations)]) for p in prompts]
 
     def _request(self, prompt: Prompt, sample: int, sampling: Sampling) -> _Request:
-        longest = sampling.max_completion_length
         # Always of the full length, so that the prompt's own limit cuts a completion and changes nothing before.
-        uniforms = uniform_stream(sampling.seed, prompt.index, sample, longest)
+        uniforms = uniform_stream(sampling.seed, prompt.index, sample, sampling.max_completion_length)
         watch = StopStrings(self._text, prompt.ids, sampling.stop) if sampling.stop else None
-        return _Request(prompt, sample, uniforms, min(longest, prompt.limit or longest), watch)
+        return _Request(prompt, sample, uniforms, sampling.longest(prompt), watch)
 
     def _text(self, ids: list[int]) -> str:
         return str(self._lm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

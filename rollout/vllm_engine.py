@@ -12,7 +12,6 @@ seed. Temperature 0 draws nothing: a group's completions are then copies of one.
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from tandem.rl.samples import Completion, Group, Prompt, Sampling
 from tandem.rollout.engine import Progress
 from tandem.rollout.policy_adapter import POLICY_ID, InPlacePush, PolicyNames, buffer_rank, policy_parts
 from tandem.rollout.process_state import frozen_heap, on_stream, preserved
+from tandem.rollout.random_streams import mixed
 from tandem.rollout.vllm_plan import VllmOptions, config_folder, kv_cache_bytes
 from tandem.rollout.vllm_versions import LORA_RANKS
 
@@ -148,7 +148,7 @@ class VllmEngine:
             temperature=sampling.temperature,
             top_p=1.0 if greedy else sampling.top_p,
             top_k=0 if greedy else sampling.top_k,
-            max_tokens=_longest(prompt, sampling),
+            max_tokens=sampling.longest(prompt),
             stop_token_ids=list(sampling.stop_token_ids),
             stop=list(sampling.stop),
             include_stop_str_in_output=True,
@@ -311,26 +311,19 @@ def engine_arguments(
 
 def request_seed(seed: int, prompt_index: int) -> int:
     """vLLM gives sample k of a group this plus k."""
-    digest = hashlib.blake2b(f"{seed}/{prompt_index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2
+    return mixed(seed, prompt_index) >> 2
 
 
 def check_lengths(prompts: list[Prompt], sampling: Sampling, max_model_len: int) -> None:
     """Raises UserError where a prompt with its longest completion does not fit."""
-    longest = max(prompts, key=lambda prompt: len(prompt.ids) + _longest(prompt, sampling), default=None)
-    if longest is not None and len(longest.ids) + _longest(longest, sampling) > max_model_len:
+    longest = max(prompts, key=lambda prompt: len(prompt.ids) + sampling.longest(prompt), default=None)
+    if longest is not None and len(longest.ids) + sampling.longest(longest) > max_model_len:
         raise UserError(
-            f"a prompt of {len(longest.ids)} tokens and a completion of {_longest(longest, sampling)} are "
-            f"{len(longest.ids) + _longest(longest, sampling)} tokens",
+            f"a prompt of {len(longest.ids)} tokens and a completion of {sampling.longest(longest)} are "
+            f"{len(longest.ids) + sampling.longest(longest)} tokens",
             reason=f"the vLLM engine was built for sequences of {max_model_len} (rollout.max_model_len)",
             fix="raise rollout.max_model_len, or shorten data.max_prompt_length or rollout.max_completion_length",
         )
-
-
-def _longest(prompt: Prompt, sampling: Sampling) -> int:
-    """Tokens that a completion of this prompt may have."""
-    longest = sampling.max_completion_length
-    return longest if prompt.limit is None else min(prompt.limit, longest)
 
 
 def group_of(prompt: Prompt, output: Any, sampling: Sampling) -> Group:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from tiny_model import save_llama
 
 from tandem.rl import cli
 
@@ -94,9 +95,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_model(folder: Path) -> None:
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     words = ["<unk>", "<eos>", "<user>", "<assistant>", *(f"w{i}" for i in range(96))]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
@@ -109,20 +109,7 @@ def write_model(folder: Path) -> None:
     )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.15,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(shape).save_pretrained(folder)
+    save_llama(folder, len(words), max_position_embeddings=64, initializer_range=0.15)
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny_model import save_llama, save_words
 
 from tandem.rl.distributed import interleave
 
@@ -20,28 +21,10 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("ranks")
     words = ["<unk>", "<eos>", *(f"w{i}" for i in range(48))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(
-        folder / "model"
-    )
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.15,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(shape).save_pretrained(folder / "model")
+    save_words(folder / "model", words, eos="<eos>", unk="<unk>")
+    save_llama(folder / "model", len(words), initializer_range=0.15, bos_token_id=1)
     (folder / "reward.py").write_text(
         "def low(completions, **c): return [sum(w < 'w3' for w in t.split()) for t in completions]\n"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import move_adapter, save_llama, save_words
 
 from tandem.rl.config import LoraConfig, ModelConfig
 from tandem.rl.lora import attach_lora, trainable
@@ -24,26 +25,10 @@ TEXTS = ["w2 w3 w4", "w9", "w5 w6 w7 w8 w9 w10 w11 w12", "w3 w3 w20 w21"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A model folder as users have it: weights, and a word-level tokenizer without a pad token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.35,
-        eos_token_id=STOP,
-        bos_token_id=None,
-    )
     path = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(path)
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(path)
+    shape = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": STOP}
+    save_llama(path, len(WORDS), **shape, initializer_range=0.35)
+    save_words(path, WORDS, eos="</s>", unk="<pad>", named=False)
     return path
 
 
@@ -53,15 +38,8 @@ def lm(folder) -> LanguageModel:
     config = ModelConfig(model_name_or_path=str(folder), device="cpu")
     loaded = load_model(config, load_tokenizer(config))
     attach_lora(loaded, LoraConfig(r=4), seed=0)
-    move(loaded, seed=1)
+    move_adapter(loaded, seed=1)
     return loaded
-
-
-def move(lm: LanguageModel, *, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in trainable(lm):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
 def prompts_of(lm: LanguageModel) -> list[Prompt]:
@@ -105,7 +83,7 @@ def test_an_updated_adapter_is_in_use_at_once(lm):
     engine = TransformersEngine(lm)
     sampling = Sampling(num_generations=2, max_completion_length=8)
     before = engine.generate(prompts_of(lm), sampling)
-    move(lm, seed=2)
+    move_adapter(lm, seed=2)
     engine.load_adapter(1)
     after = engine.generate(prompts_of(lm), sampling)
     assert [c.ids for _, c in flat(before)] != [c.ids for _, c in flat(after)]

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_model import move_adapter, save_llama
 
 from tandem.rl.chat import completion_text, encode, render
 from tandem.rl.config import LoraConfig, ModelConfig
 from tandem.rl.config_file import parse_config
 from tandem.rl.errors import UserError
 from tandem.rl.experience import policy_batch
-from tandem.rl.lora import attach_lora, trainable
+from tandem.rl.lora import attach_lora
 from tandem.rl.model import LanguageModel, load_model, load_tokenizer, with_sampling
 from tandem.rl.packing import pack
 from tandem.rl.samples import Completion, Group, Prompt, Sampling, Scored
@@ -538,29 +539,14 @@ def test_config_takes_the_environments_own_reward_where_no_other_is_named():
 
 @pytest.fixture(scope="module")
 def lm(tokenizer, tmp_path_factory) -> LanguageModel:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        eos_token_id=END,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": END, "bos_token_id": 1}
+    save_llama(folder, len(tokenizer), **heads, intermediate_size=64, initializer_range=0.3)
     tokenizer.save_pretrained(folder)
     section = ModelConfig(model_name_or_path=str(folder), device="cpu")
     loaded = load_model(section, load_tokenizer(section))
     attach_lora(loaded, LoraConfig(r=4), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in trainable(loaded):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    move_adapter(loaded, seed=1)
     return loaded
 
 

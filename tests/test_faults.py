@@ -10,13 +10,10 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from run_server import RunServer
 from tiny_run import outcome, write_lines, write_place
 

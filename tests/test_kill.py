@@ -9,12 +9,9 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from run_server import RunServer
 from tiny_run import outcome, write_place
 

@@ -19,6 +19,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
+from test_imports import SANDBOXED
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("transformers", "peft", "trl")
@@ -122,16 +123,12 @@ def differences(before: Snapshot) -> list[str]:
 # --- what is done in between ------------------------------------------------------------------------------------------
 
 
-# Run as files of their own in the sandbox's process, beside what they import: nothing imports them as modules.
-SCRIPTS = ("tandem.rewards.code_solution", "tandem.rewards.sandbox_child")
-
-
 def import_everything() -> list[str]:
     """Import every module of ours."""
     paths = sorted(p for f in FOLDERS for p in (ROOT / f).rglob("*.py") if "templates" not in p.parts)
     names = [".".join(("tandem", *p.relative_to(ROOT).with_suffix("").parts)) for p in paths]
     names = [name.removesuffix(".__init__") for name in names]
-    return [name for name in names if name not in SCRIPTS and imports(name)]
+    return [name for name in names if name.rpartition(".")[2] not in SANDBOXED and imports(name)]
 
 
 def imports(name: str) -> bool:

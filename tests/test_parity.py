@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_model import move_adapter, save_llama, save_words
 
 from tandem.rl import commands, open_model
 from tandem.rl.checkpoint import latest_checkpoint, read_state
@@ -86,33 +87,11 @@ def test_limits_follow_the_type_unless_they_are_set():
 # --- planted faults ---------------------------------------------------------------------------------------------------
 
 
-def write_model(path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(shape).save_pretrained(path)
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(path)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("parity")
-    write_model(folder / "model")
+    save_llama(folder / "model", len(WORDS), max_position_embeddings=64, initializer_range=0.2)
+    save_words(folder / "model", WORDS, eos="</s>", unk="<pad>", named=False)
     (folder / "rewards.py").write_text(
         "def low(completions, **_):\n    return [float(c.count('w1')) for c in completions]\n"
     )
@@ -126,15 +105,8 @@ def lm(place: Path) -> LanguageModel:
     config = ModelConfig(model_name_or_path=str(place / "model"), device="cpu")
     loaded = load_model(config, load_tokenizer(config))
     attach_lora(loaded, LoraConfig(r=4), seed=0)
-    move(loaded, seed=1)
+    move_adapter(loaded, seed=1)
     return loaded
-
-
-def move(lm: LanguageModel, *, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in trainable(lm):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
 def with_log_probs(groups: list[Group], change: Callable[[list[float]], list[float]]) -> list[Group]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from plan_config import config_of
 from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
 from tandem.rl import cli, plan_memory
-from tandem.rl.config import Config
 from tandem.rl.errors import UserError
 from tandem.rl.plan import Ledger, changed, ledger
 from tandem.rl.plan_changes import candidates, smallest_card, smallest_change, try_changes
@@ -31,7 +31,6 @@ from tandem.rl.plan_memory import (
     pack_memory,
     setup_of,
     weight_items,
-    with_plan,
 )
 from tandem.rl.plan_shape import Linear, ModelShape, adapter_shape, shape_of
 from tandem.rl.plan_time import Work, step_seconds
@@ -50,19 +49,6 @@ SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 # host GiB. From benchmarks/results; the lower figures of 8,192 and 32,768 tokens are of later code.
 MEASURED = [(8192, 7.594, 5.062), (8192, 7.41, None), (32768, 9.615, 18.562), (32768, 9.12, None)]
 SECONDS = [(8192, 0.8486), (32768, 4.7832)]
-
-
-def config_of(**sections: dict[str, Any]) -> Config:
-    given: dict[str, Any] = {
-        "model": {"model_name_or_path": "m", "load_in_4bit": True},
-        "lora": {"r": 32},
-        "data": {"dataset_name": "d.json", "max_prompt_length": 512},
-        "rollout": {"engine": "vllm", "max_completion_length": 4096},
-        "rewards": {"reward_funcs": ["length"]},
-    }
-    for name, values in sections.items():
-        given[name] = given.get(name, {}) | values
-    return Config.model_validate(given)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +235,8 @@ def test_long_updates_peak_where_they_were_measured(
 def test_an_update_without_offloading_peaks_where_it_was_measured(
     qwen: ModelShape, rows: int, gib: float, attention: str
 ) -> None:
-    setup = with_plan(replace(measured_setup(qwen), offload=False), attention=attention)
+    setup = replace(measured_setup(qwen), offload=False)
+    setup = replace(setup, plan=replace(setup.plan, attention=attention))
     assert peak_gib(setup, rows) == pytest.approx(gib, rel=0.1)
     assert pack_memory(setup, rows).host == 0
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from plan_config import config_of
 from transformers import AutoConfig
 
 from tandem.rl import open_model, plan_memory
@@ -33,19 +34,6 @@ PUBLISHED = {
     "Qwen/Qwen3-8B": 8191, "Qwen/Qwen3-14B": 14768, "Qwen/Qwen3-32B": 32762, "meta-llama/Llama-3.1-8B": 8030,
     "meta-llama/Llama-3.2-3B": 3213, "meta-llama/Llama-3.2-1B": 1236,
 }  # fmt: skip
-
-
-def config_of(**sections: dict[str, Any]) -> Config:
-    given: dict[str, Any] = {
-        "model": {"model_name_or_path": "Qwen/Qwen3-8B", "load_in_4bit": True},
-        "lora": {"r": 32},
-        "data": {"dataset_name": "d.json", "max_prompt_length": 512},
-        "rollout": {"engine": "vllm", "max_completion_length": 4096},
-        "rewards": {"reward_funcs": ["length"]},
-    }
-    for name, values in sections.items():
-        given[name] = given.get(name, {}) | values
-    return Config.model_validate(given)
 
 
 @pytest.fixture(scope="module")

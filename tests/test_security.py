@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tiny_run import write_place
 
 from tandem.rl import cli

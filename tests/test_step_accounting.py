@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_model import save_llama, save_words
 
 from tandem.rl import commands, open_model
 from tandem.rl.config import Config
@@ -142,27 +143,10 @@ class SlowEngine(TransformersEngine):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("accounting")
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(shape).save_pretrained(folder / "model")
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(folder / "model")
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    save_llama(folder / "model", len(WORDS), **shape)
+    save_words(folder / "model", WORDS, eos="</s>", unk="<pad>", named=False)
     (folder / "rewards.py").write_text(REWARD)
     rows = "".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(2, 10))
     (folder / "prompts.jsonl").write_text(rows)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny_model import save_words
 
 from tandem.rl import cli
 
@@ -20,16 +21,11 @@ def low(completions, **columns):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     folder = tmp_path_factory.mktemp("stored")
     words = ["<unk>", "<eos>", *(f"w{i}" for i in range(96))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(
-        folder / "model"
-    )
+    save_words(folder / "model", words, eos="<eos>", unk="<unk>")
     torch.manual_seed(0)
     # Sizes that both formats can store: rows in multiples of 64, columns of 128.
     shape = Qwen3Config(

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_model import move_adapter, save_llama, save_words
 
 from tandem.rl.config import LoraConfig, ModelConfig
 from tandem.rl.errors import UserError
-from tandem.rl.lora import attach_lora, load_adapter, save_adapter, trainable
+from tandem.rl.lora import attach_lora, load_adapter, save_adapter
 from tandem.rl.model import LanguageModel, load_model, load_tokenizer, with_sampling
 from tandem.rl.packing import pack
 from tandem.rl.parity import log_prob_difference
@@ -37,28 +38,11 @@ SLOTS = 8
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.25,
-        eos_token_id=STOP,
-        bos_token_id=None,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
     path = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(path)
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(path)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": STOP, "tie_word_embeddings": True}
+    shape = {"hidden_size": 64, "intermediate_size": 64, "initializer_range": 0.25, "max_position_embeddings": 64}
+    save_llama(path, len(WORDS), **heads, **shape)
+    save_words(path, WORDS, eos="</s>", unk="<pad>", named=False)
     return path
 
 
@@ -67,20 +51,13 @@ def lm(folder) -> LanguageModel:
     config = ModelConfig(model_name_or_path=str(folder), device="cpu")
     loaded = load_model(config, load_tokenizer(config))
     attach_lora(loaded, LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "down_proj"]), seed=0)
-    move(loaded, seed=1)
+    move_adapter(loaded, seed=1, scale=0.3)
     return loaded
 
 
 @pytest.fixture
 def store(folder) -> WeightStore:
     return WeightStore.open(folder, format="bf16", device="cpu", dtype=torch.float32)
-
-
-def move(lm: LanguageModel, *, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in trainable(lm):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 
 @dataclass
@@ -257,7 +234,7 @@ def test_engine_and_trainer_agree_before_and_after_updates(engine, lm, temperatu
     for version in range(1, 4):
         groups = engine.generate(PROMPTS, sampling)
         assert agree(lm, groups, temperature=temperature or 1.0)
-        move(lm, seed=10 + version)
+        move_adapter(lm, seed=10 + version, scale=0.3)
         engine.load_adapter(version)
         assert not agree(lm, groups, temperature=temperature or 1.0), "the update is too small to test anything"
     assert [r.lora_name for r, _ in engine.api.requests] == ["policy@0", "policy@1", "policy@2"]
@@ -288,7 +265,7 @@ def test_a_completion_depends_on_its_prompt_its_number_and_the_seed(engine):
 
 def test_a_restored_adapter_is_noticed_without_being_told(engine, lm, tmp_path):
     save_adapter(lm, tmp_path / "adapter")
-    move(lm, seed=9)
+    move_adapter(lm, seed=9, scale=0.3)
     engine.load_adapter(4)
     load_adapter(lm, tmp_path / "adapter")
     assert agree(lm, engine.generate(PROMPTS, SAMPLING))
@@ -310,7 +287,7 @@ def test_a_stale_prefix_is_caught(engine, lm, monkeypatch):
     monkeypatch.setattr(PolicyNames, "new", lambda self, version: "policy")
     engine.load_adapter(1)
     engine.generate(PROMPTS, SAMPLING)
-    move(lm, seed=2)
+    move_adapter(lm, seed=2, scale=0.3)
     engine.load_adapter(2)
     assert not agree(lm, engine.generate(PROMPTS, SAMPLING))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tiny_model import save_llama, save_words
 
 REWARDS = """
 def low(completions, log_metric, **columns):
@@ -18,32 +19,13 @@ def low(completions, log_metric, **columns):
 
 def write_place(folder: Path) -> Path:
     """Model, data, rewards and `run.yaml` in a folder; returns the config's path."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     words = ["<unk>", "<eos>", *(f"w{i}" for i in range(40))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(
-        folder / "model"
-    )
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(shape).save_pretrained(folder / "model")
+    save_words(folder / "model", words, eos="<eos>", unk="<unk>")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 32}
+    save_llama(folder / "model", len(words), **shape, initializer_range=0.3)
     (folder / "rewards.py").write_text(REWARDS)
     write_lines(folder / "prompts.jsonl", [{"prompt": f"w{i} w{i + 1}"} for i in range(6)])
     write_lines(folder / "held_out.jsonl", [{"prompt": f"w{i} w{i + 1}"} for i in range(20, 22)])
