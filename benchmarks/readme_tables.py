@@ -12,7 +12,13 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- update-results -->", "<!-- /update-results -->"
-NAMES = {"tandem": "Tandem", "tandem-no-offload": "Tandem, nothing in host memory", "trl": "TRL", "unsloth": "Unsloth"}
+NAMES = {
+    "tandem": "Tandem",
+    "tandem-no-offload": "Tandem, nothing in host memory",
+    "trl": "TRL",
+    "trl-offload": "TRL, checkpoints in host memory",
+    "unsloth": "Unsloth",
+}
 
 
 def main() -> None:
