@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import os
 import re
 import resource
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hostile_programs import ESCAPES, FORGERIES
 
 from tandem.rewards import sandbox, sandbox_rights, sandbox_start
 from tandem.rewards.base import load_reward
@@ -28,32 +29,29 @@ from tandem.rl.errors import UserError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the sandbox needs Linux")
 
-
-def _hostile() -> tuple[dict[str, str], dict[str, str]]:
-    spec = importlib.util.spec_from_file_location("hostile_programs", Path(__file__).with_name("hostile_programs.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.ESCAPES, module.FORGERIES
-
-
-ESCAPES, FORGERIES = _hostile()
 IN_FORCE = {p.name for p in protections() if p.in_force} if hasattr(os, "memfd_create") else set()
 SMALL = Limits(seconds=1.5, memory_mib=128, output_kib=64)
 
 
 def processes() -> set[int]:
-    """Sandboxed programs and guards that exist now."""
-    found = set()
-    for entry in os.listdir("/proc"):
-        try:
-            command = Path("/proc", entry, "cmdline").read_bytes() if entry.isdigit() else b""
-        except OSError:
-            continue
-        if command.endswith(b"\0-s\0main.py\0") or b"import sandbox_child" in command:
-            found.add(int(entry))
-    return found
+    """Sandboxed programs and guards that exist now on the whole machine, but for those of other living programs."""
+    parents = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            command = Path("/proc", entry, "cmdline").read_bytes()
+            if command.endswith(b"\0-s\0main.py\0") or b"import sandbox_child" in command:
+                parents[int(entry)] = int(Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[1])
+    return {pid for pid in parents if not _of_another(pid, parents)}
+
+
+def _of_another(pid: int, parents: dict[int, int]) -> bool:
+    """Whether the first of these processes above `pid` was started by another Python, which still runs."""
+    while pid in parents:
+        pid = parents[pid]
+    try:
+        return pid not in (1, os.getpid()) and b"python" in Path("/proc", str(pid), "cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 class Surroundings:
