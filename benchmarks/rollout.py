@@ -8,7 +8,10 @@ adapter of rank 32 on all seven projections, and log-probs of the sampled tokens
 and 128 new ones; `tokens_per_s` is the whole call, `decode_tokens_per_s` what is left after the time of a call for one
 token. `start`: seconds until the engine answers. `ledger`: bytes by kind. `phases`: medians over `--cycles` cycles of
 sleep, wake, push and generate, and how far the device's memory drifted. `parity`: engine against trainer log-probs.
-`agreement`: share of prompts whose 64 greedy tokens are those of `vllm-bnb`.
+`agreement`: share of prompts whose 64 greedy tokens are those of the stock engine on the same weights, for 64 prompts
+(the fused 4-bit product) and for 96 (the weight unpacked for cuBLAS, as stock vLLM does it), with logits in float32 and
+with logits rounded to bfloat16, as stock vLLM rounds them. A checkpoint with a tokenizer is asked questions, others
+get random tokens.
 Writes `benchmarks/results/rollout-DEVICE-DATE.json`, anew after every system.
 """
 
@@ -30,6 +33,9 @@ from update import GIB, RESULTS, TARGETS, command_line, device_facts, header, re
 
 SYSTEMS = ("vllm-bnb", "vllm-bf16", "tandem-nf4", "tandem-int4", "tandem-bf16")
 RANK, PROMPT, NEW, GREEDY = 32, 64, 128, 64
+AGREEMENT_BATCHES = (64, 96)
+# The engine whose weights are the same, bit for bit.
+TWINS = {"tandem-nf4": "vllm-bnb", "tandem-bf16": "vllm-bf16"}
 COLUMNS = (
     "kind",
     "batch",
@@ -46,6 +52,7 @@ COLUMNS = (
     "p99",
     "largest",
     "share",
+    "same_tokens",
     "error",
 )
 
@@ -97,9 +104,9 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
             tokens = Path(folder) / f"{system}.json"
             found, error = run(system, [*argv, "--tokens", str(tokens)], arguments.timeout)
             rows = found.get("ROW", [])
-            stock = Path(folder) / "vllm-bnb.json"
-            if system != "vllm-bnb" and stock.is_file() and tokens.is_file():
-                rows.append(row(system, arguments, kind="agreement", share=agreement(stock, tokens)))
+            stock = Path(folder) / f"{TWINS.get(system)}.json"
+            if stock.is_file() and tokens.is_file():
+                rows += agreements(system, arguments, stock, tokens)
             if error:
                 rows.append(row(system, arguments, error=error))
             for one in rows:
@@ -135,10 +142,18 @@ def run(worker: str, argv: list[str], timeout: float) -> tuple[dict[str, list[An
     return found, None if code == 0 else said or f"{worker} ended with code {code}"
 
 
-def agreement(one: Path, other: Path) -> float:
-    """Share of prompts with the same tokens."""
-    pairs = list(zip(json.loads(one.read_text()), json.loads(other.read_text()), strict=True))
-    return sum(a == b for a, b in pairs) / len(pairs)
+def agreements(system: str, arguments: argparse.Namespace, stock: Path, own: Path) -> list[dict[str, Any]]:
+    """Share of prompts with the same greedy tokens, for each number of prompts and kind of logits."""
+    expected, found = json.loads(stock.read_text())["greedy"], json.loads(own.read_text())["greedy"]
+    rows = []
+    for what, answers in found.items():
+        batch = len(answers)
+        pairs = list(zip(expected[str(batch)], answers, strict=True))
+        equal = sum(a == b for a, b in pairs) / batch
+        first = [next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a)) for a, b in pairs]
+        shared = statistics.fmean(first)
+        rows.append(row(system, arguments, kind="agreement", what=what, batch=batch, share=equal, same_tokens=shared))
+    return rows
 
 
 def row(system: str, arguments: argparse.Namespace, **values: Any) -> dict[str, Any]:
@@ -186,6 +201,21 @@ class Stock:
         self.llm.collective_rpc("policy_stacks", args=(8,))
 
     def generate(self, prompts: list[Any], sampling: Any) -> list[list[int]]:
+        return [list(output.outputs[0].token_ids) for output in self._outputs(prompts, sampling)]
+
+    def greedy(self, arguments: argparse.Namespace, batch: int) -> list[list[int]]:
+        return self.generate(questions(arguments, batch, seed=2), sampling(GREEDY, temperature=0.0))
+
+    def scored(self, prompts: list[Any], sampling: Any) -> list[tuple[list[int], list[int], list[float]]]:
+        """Prompt, completion and its log-probs."""
+        found = []
+        for prompt, output in zip(prompts, self._outputs(prompts, sampling), strict=True):
+            completion = output.outputs[0]
+            ids = list(completion.token_ids)
+            found.append((prompt.ids, ids, [completion.logprobs[i][t].logprob for i, t in enumerate(ids)]))
+        return found
+
+    def _outputs(self, prompts: list[Any], sampling: Any) -> list[Any]:
         request = self.api.LoRARequest("policy@0", 1, "/unused")
         params = self.api.SamplingParams(
             seed=sampling.seed,
@@ -197,8 +227,7 @@ class Stock:
             detokenize=False,
         )
         asked = [{"prompt_token_ids": prompt.ids} for prompt in prompts]
-        outputs = self.llm.generate(asked, params, use_tqdm=False, lora_request=request)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        return self.llm.generate(asked, params, use_tqdm=False, lora_request=request)
 
 
 class Ours:
@@ -228,6 +257,15 @@ class Ours:
     def generate(self, prompts: list[Any], sampling: Any) -> list[list[int]]:
         return [group.completions[0].ids for group in self.engine.generate(prompts, sampling)]
 
+    def greedy(self, arguments: argparse.Namespace, batch: int) -> list[list[int]]:
+        return self.generate(questions(arguments, batch, seed=2), sampling(GREEDY, temperature=0.0))
+
+    def round_logits(self, rounded: bool) -> None:
+        def switch(model: Any) -> None:
+            model.lm_head.quant_method.rounded = rounded
+
+        self.engine._llm.apply_model(switch)
+
 
 def options(arguments: argparse.Namespace) -> Any:
     from tandem.rollout.vllm_plan import VllmOptions
@@ -254,17 +292,25 @@ def work(system: str, arguments: argparse.Namespace) -> None:
     say(system, arguments, kind="ledger", what="device, all", gib=used() / GIB)
     for batch in arguments.batches:
         say(system, arguments, kind="decode", batch=batch, **decode(made, batch))
+    if isinstance(made, Stock):
+        if arguments.tokens:
+            greedy = {str(batch): made.greedy(arguments, batch) for batch in AGREEMENT_BATCHES}
+            groups = made.scored(questions(arguments, 16, seed=5), sampling(GREEDY))
+            arguments.tokens.write_text(json.dumps({"greedy": greedy, "groups": groups}))
+        return
     if arguments.tokens:
-        greedy = made.generate(prompts(64, seed=2), sampling(GREEDY, temperature=0.0))
-        arguments.tokens.write_text(json.dumps(greedy))
-    if isinstance(made, Ours):
-        ledger(system, arguments, made)
-        say(system, arguments, kind="parity", what="first step", **parity(made))
-        move(made.lm)
-        made.engine.load_adapter(1)
-        say(system, arguments, kind="parity", what="after an update", **parity(made))
-        say(system, arguments, kind="phases", **phases(made, arguments.cycles))
-        say(system, arguments, kind="parity", what="after the cycles", **parity(made))
+        greedy = {f"{batch} prompts, float32 logits": made.greedy(arguments, batch) for batch in AGREEMENT_BATCHES}
+        made.round_logits(True)
+        greedy |= {f"{batch} prompts, rounded logits": made.greedy(arguments, batch) for batch in AGREEMENT_BATCHES}
+        made.round_logits(False)
+        arguments.tokens.write_text(json.dumps({"greedy": greedy}))
+    ledger(system, arguments, made)
+    parities(system, arguments, made, "first step")
+    move(made.lm)
+    made.engine.load_adapter(1)
+    parities(system, arguments, made, "after an update")
+    say(system, arguments, kind="phases", **phases(made, arguments.cycles))
+    parities(system, arguments, made, "after the cycles")
 
 
 def prompts(count: int, *, seed: int) -> list[Any]:
@@ -274,6 +320,40 @@ def prompts(count: int, *, seed: int) -> list[Any]:
 
     draw = random.Random(seed)
     return [Prompt(i, [draw.randrange(10, 30_000) for _ in range(PROMPT)], "") for i in range(count)]
+
+
+def questions(arguments: argparse.Namespace, count: int, *, seed: int) -> list[Any]:
+    """Chat prompts where the checkpoint has a tokenizer, random tokens elsewhere."""
+    if not (arguments.model / "tokenizer.json").is_file():
+        return prompts(count, seed=seed)
+    import random
+
+    from transformers import AutoTokenizer
+
+    from tandem.rl.samples import Prompt
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    draw = random.Random(seed)
+    things = [
+        "a rainbow",
+        "the tide",
+        "a bridge",
+        "bread",
+        "an echo",
+        "the moon",
+        "a clock",
+        "a river",
+        "glass",
+        "salt",
+    ]
+    tasks = ["Explain {} to a child", "Write a short story about {}", "Give three facts about {}", "Where is {} found"]
+    found = []
+    for number in range(count):
+        text = draw.choice(tasks).format(draw.choice(things)) + f", in {draw.randrange(20, 90)} words."
+        chat = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        found.append(Prompt(number, list(ids), text))
+    return found
 
 
 def sampling(tokens: int, temperature: float = 1.0) -> Any:
@@ -326,20 +406,46 @@ def ledger(system: str, arguments: argparse.Namespace, made: Ours) -> None:
         say(system, arguments, kind="ledger", what=what, gib=size / GIB)
 
 
-def parity(made: Ours) -> dict[str, Any]:
-    import torch
-
-    from tandem.rl.parity import log_prob_difference
+def parities(system: str, arguments: argparse.Namespace, made: Ours, what: str) -> None:
+    """The engine against the trainer's model; before an update also stock vLLM against it, and rounding by itself."""
     from tandem.rl.samples import Sampling
 
-    groups = made.engine.generate(prompts(16, seed=5), Sampling(max_completion_length=GREEDY, seed=3))
-    own = []
+    groups = made.engine.generate(questions(arguments, 16, seed=5), Sampling(max_completion_length=GREEDY, seed=3))
+    rows = [(g.prompt.ids, g.completions[0].ids, g.completions[0].log_probs) for g in groups]
+    own = transformers_log_probs(made.lm.model, rows)
+    say(system, arguments, kind="parity", what=what, **spread([r[2] for r in rows], own))
+    stock = arguments.tokens.parent / f"{TWINS.get(system)}.json" if arguments.tokens else None
+    if what == "first step" and stock is not None and stock.is_file():
+        theirs = json.loads(stock.read_text())["groups"]
+        found = spread([r[2] for r in theirs], transformers_log_probs(made.lm.model, theirs))
+        say(system, arguments, kind="parity", what=f"{TWINS[system]} against transformers, same weights", **found)
+        alone = transformers_log_probs(made.lm.model, rows, one_by_one=True)
+        found = spread([o.tolist() for o in alone], own)
+        say(system, arguments, kind="parity", what="transformers, batched against one by one", **found)
+
+
+def transformers_log_probs(model: Any, rows: list[Any], *, one_by_one: bool = False) -> list[Any]:
+    """Log-probs of the completions: each on its own, or all of a length's in one batch, where sums are ordered
+    differently and nothing else is."""
+    import torch
+
+    found: dict[int, Any] = {}
+    lengths: dict[tuple[int, int], list[int]] = {}
+    for number, (prompt, completion, _) in enumerate(rows):
+        lengths.setdefault((len(prompt), number if one_by_one else len(completion)), []).append(number)
     with torch.no_grad():
-        for group in groups:
-            ids = torch.tensor([group.prompt.ids + group.completions[0].ids]).cuda()
-            logits = made.lm.model(input_ids=ids).logits[0, PROMPT - 1 : -1].float()
-            own.append(logits.log_softmax(-1).gather(-1, ids[0, PROMPT:, None])[:, 0].cpu())
-    found = log_prob_difference(groups, own)
+        for (start, _), numbers in lengths.items():
+            ids = torch.tensor([[*rows[n][0], *rows[n][1]] for n in numbers]).cuda()
+            logits = model(input_ids=ids).logits[:, start - 1 : -1].float()
+            chosen = logits.log_softmax(-1).gather(-1, ids[:, start:, None])[..., 0].cpu()
+            found |= dict(zip(numbers, chosen, strict=True))
+    return [found[number] for number in range(len(rows))]
+
+
+def spread(engine: list[list[float]], trainer: list[Any]) -> dict[str, float]:
+    from tandem.rl.parity import difference
+
+    found = difference(engine, trainer)
     return {"median": found.median, "p99": found.p99, "largest": found.largest}
 
 

@@ -144,6 +144,9 @@ class StoredEmbeddingMethod(UnquantizedEmbeddingMethod):
     pinned host memory is read over the bus, row by row.
     """
 
+    # Logits rounded to the compute type, as vLLM has them: only to be compared with it, token by token.
+    rounded = False
+
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
 
@@ -171,6 +174,8 @@ class StoredEmbeddingMethod(UnquantizedEmbeddingMethod):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Logits in float32, as the trainer computes them: rounded to bfloat16, a logit of 20 is off by up to 0.06."""
+        if self.rounded:
+            return super().apply(layer, x, bias)
         logits = wide_product(x.reshape(-1, x.shape[-1]), layer.weight.t()).view(*x.shape[:-1], -1)
         return logits if bias is None else logits + bias
 
