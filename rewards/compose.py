@@ -97,12 +97,14 @@ def call_all(
     state: TrainerState,
     timeout: float,
     faults: dict[str, UserError] | None = None,
+    known: dict[str, list[float | None]] | None = None,
 ) -> list[Call]:
     """Every reward on the rows; the calls in the order of the rewards, with their values.
 
     Args:
         faults: where given, a reward's fault is kept here by its name instead of being raised; it has no values then,
             and what combines it is not called on them.
+        known: values of other rewards by their name, for functions that combine.
 
     Raises:
         UserError: a fault of a reward, where `faults` is None.
@@ -126,7 +128,7 @@ def call_all(
             guarded(call, partial(call.finish, outcome, timeout))
     for call in calls:
         if call.reward.combines:
-            call.others = {other.reward.name: other.values for other in calls if other.values}
+            call.others = (known or {}) | {other.reward.name: other.values for other in calls if other.values}
             guarded(call, partial(call.run, timeout))
     return calls
 

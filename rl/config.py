@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from tandem.rl.environment_config import EnvironmentConfig
+from tandem.rl.reward_config import RewardsConfig, RewardSpec
 from tandem.rl.sections import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -23,8 +24,6 @@ from tandem.rl.sections import (
     OptimConfig,
     ParityConfig,
     PreferenceConfig,
-    RewardsConfig,
-    RewardSpec,
     RolloutConfig,
     Section,
     TrainConfig,
@@ -144,7 +143,8 @@ class Config(Section):
         if not self.rewards.reward_funcs:
             raise ValueError("rewards.reward_funcs is empty: RL needs at least one reward function")
         names = self.reward_names()
-        if twice := sorted({n for n in names if names.count(n) > 1}):
+        every = names + self.watch_names()
+        if twice := sorted({n for n in every if every.count(n) > 1}):
             raise ValueError(f"two reward functions are named {twice[0]!r}: give one of them a `name`")
         if self.eval.score is not None and self.eval.score not in names:
             raise ValueError(f"eval.score is {self.eval.score!r}, but the rewards are named {', '.join(names)}")
@@ -158,7 +158,10 @@ class Config(Section):
             )
 
     def reward_names(self) -> list[str]:
-        return [s.name or s.function.rpartition(":")[2] for s in self.rewards.reward_funcs]
+        return [spec.label for spec in self.rewards.reward_funcs]
+
+    def watch_names(self) -> list[str]:
+        return [spec.label for spec in self.rewards.watch_funcs]
 
     @property
     def uses_rollouts(self) -> bool:

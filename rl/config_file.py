@@ -15,6 +15,7 @@ from tandem.rl.errors import UserError
 from tandem.rl.journal import write_whole
 from tandem.rl.secrets_check import refuse_secrets
 
+_FUNCTION_LISTS = ("reward_funcs", "watch_funcs")
 # Fields whose value may name a file beside the config.
 _PATH_KEYS = {
     "dataset_name",
@@ -136,8 +137,8 @@ def _resolve_paths(node: Any, folder: Path, key: str = "") -> Any:
     if isinstance(node, dict):
         return {k: _resolve_paths(v, folder, str(k)) for k, v in node.items()}
     if isinstance(node, list):
-        return [_resolve_paths(v, folder, "function" if key == "reward_funcs" else key) for v in node]
-    if key == "reward_funcs":
+        return [_resolve_paths(v, folder, "function" if key in _FUNCTION_LISTS else key) for v in node]
+    if key in _FUNCTION_LISTS:
         key = "function"
     if isinstance(node, str) and key in _PATH_KEYS and "://" not in node:
         file, colon, function = node.rpartition(":") if ".py:" in node else (node, "", "")

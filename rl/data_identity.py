@@ -16,7 +16,7 @@ from typing import Any
 from tandem.rl.errors import UserError
 from tandem.rl.journal import write_whole
 from tandem.rl.samples import Prompt, Sequence
-from tandem.rl.trainer import TrainingData
+from tandem.rl.training_data import TrainingData
 
 NAME = "data.json"
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.rewards.base import Reward
 from tandem.rewards.compose import OnMissing, Scores, score
+from tandem.rewards.watched import Watched, score_watched
 from tandem.rl.chat import completion_text
 from tandem.rl.config import Config
 from tandem.rl.metrics import rollout_metrics
@@ -26,6 +27,7 @@ class Judge:
         tokenizer: decodes completions.
         timeout: seconds per call of one function. max_steps: steps of the whole run, for `trainer_state`.
         on_missing: what becomes of a completion to which no reward applies; see `compose.score`.
+        watched: functions whose values are only watched.
     """
 
     rewards: list[Reward]
@@ -33,6 +35,7 @@ class Judge:
     timeout: float
     max_steps: int = 0
     on_missing: OnMissing = "stop"
+    watched: list[Reward] = field(default_factory=list)
 
     def __call__(self, groups: list[Group], step: int) -> Scores:
         return score(
@@ -44,6 +47,10 @@ class Judge:
             max_steps=self.max_steps,
             on_missing=self.on_missing,
         )
+
+    def watch(self, rows: list[Scored], step: int) -> Watched:
+        """Fill in what is only watched, once a whole batch is scored; no fault in it is raised."""
+        return score_watched(rows, self.watched, timeout=self.timeout, global_step=step, max_steps=self.max_steps)
 
 
 def training_sampling(config: Config, stop_token_ids: tuple[int, ...], seed: int) -> Sampling:
@@ -77,6 +84,7 @@ def evaluate(
     """Metrics under `eval/` and the scored completions. `eval/score` is the mean of the reward `score_name`, or of
     the weighted total."""
     rows = judge(engine.generate(prompts, sampling), step).rows
-    metrics = {f"eval/{name}": value for name, value in rollout_metrics(rows).items()}
+    watched = judge.watch(rows, step)
+    metrics = {f"eval/{name}": value for name, value in (watched.metrics | rollout_metrics(rows)).items()}
     metrics["eval/score"] = metrics[f"eval/rewards/{score_name}/mean"] if score_name else metrics["eval/reward"]
     return metrics, rows

@@ -23,7 +23,7 @@ from tandem.rl.prompts import load_prompts
 from tandem.rl.rows import load_rows
 from tandem.rl.samples import Prompt
 from tandem.rl.step import Objective
-from tandem.rl.trainer import TrainingData
+from tandem.rl.training_data import TrainingData
 from tandem.rollout.chat_turns import ChatTurns
 from tandem.rollout.engine import RolloutEngine
 from tandem.rollout.environments import Environments
@@ -65,6 +65,7 @@ def prepare(config: Config, console: Console) -> Inputs:
     rewards = [
         load_reward(s.function, name=s.name, weight=s.weight, kwargs=s.kwargs) for s in config.rewards.reward_funcs
     ]
+    watched = [load_reward(s.function, name=s.name, kwargs=s.kwargs) for s in config.rewards.watch_funcs]
     objective = _objective(config)
     if config.lora.init_from:
         check_adapter_files(config.lora.init_from)
@@ -79,7 +80,7 @@ def prepare(config: Config, console: Console) -> Inputs:
     else:
         data.answers = _answers(train_rows, tokenizer, config)
         data.eval_answers = None if eval_rows is None else _answers(eval_rows, tokenizer, config)
-    judge = Judge(rewards, tokenizer, config.rewards.timeout, on_missing=config.rewards.on_missing)
+    judge = Judge(rewards, tokenizer, config.rewards.timeout, on_missing=config.rewards.on_missing, watched=watched)
     return Inputs(tokenizer, data, judge, objective, environments)
 
 

@@ -113,6 +113,8 @@ def _record(step: int, row: Scored) -> dict[str, Any]:
         "reward": _finite(row.reward),
         "advantage": _finite(row.advantage),
     }
+    if row.watched:
+        record["watched"] = {name: _finite(value) for name, value in row.watched.items()}
     return _map_strings(record, escaped)
 
 

@@ -159,7 +159,7 @@ def _dot(values: Iterable[float], weights: Iterable[float]) -> float:
 
 
 def rollout_metrics(rows: Sequence[Scored]) -> dict[str, float]:
-    """Rewards and lengths of one scored batch, by TRL's names and definitions.
+    """Rewards and lengths of one scored batch, by TRL's names and definitions, and what is only watched.
 
     A row to which no reward applies counts in the lengths and in no reward statistic. Standard deviations are sample
     deviations (n - 1) and nan for fewer than two values. `reward_std` is taken over the whole batch, as TRL logs it;
@@ -181,6 +181,10 @@ def rollout_metrics(rows: Sequence[Scored]) -> dict[str, float]:
         values = [_or_nan(row.rewards.get(name)) for row in rows]
         metrics[f"rewards/{name}/mean"] = _nan_mean(values)
         metrics[f"rewards/{name}/std"] = _nan_std(values)
+    for name in dict.fromkeys(name for row in rows for name in row.watched):
+        values = [_or_nan(row.watched.get(name)) for row in rows]
+        metrics[f"watch/rewards/{name}/mean"] = _nan_mean(values)
+        metrics[f"watch/rewards/{name}/std"] = _nan_std(values)
     return metrics | _lengths(rows) | _episodes(rows)
 
 

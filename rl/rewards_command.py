@@ -44,6 +44,7 @@ _JOURNAL = (
     "rewards",
     "reward",
     "advantage",
+    "watched",
 )
 
 
@@ -63,18 +64,27 @@ def show_rewards(config: Config, console: Console, *, on: Path | None, answers: 
     rewards = [
         load_reward(s.function, name=s.name, weight=s.weight, kwargs=s.kwargs) for s in config.rewards.reward_funcs
     ]
+    watched = [load_reward(s.function, name=s.name, kwargs=s.kwargs) for s in config.rewards.watch_funcs]
     rows = _rows_of_file(on, config) if on is not None else _rows_of_data(config, answers)
-    if any("completion_ids" in reward.named() for reward in rewards):
+    if any("completion_ids" in reward.named() for reward in rewards + watched):
         _tokenise(rows, config)
     faults: dict[str, UserError] = {}
-    calls = call_all(rewards, rows, TrainerState(0, 0), config.rewards.timeout, faults)
+    state, timeout = TrainerState(0, 0), config.rewards.timeout
+    trained = call_all(rewards, rows, state, timeout, faults)
+    known = {call.reward.name: call.values for call in trained if call.values}
+    calls = trained + call_all(watched, rows, state, timeout, faults, known=known)
+    totals = _totals(trained)
     groups = len({row.group for row in rows})
     console.table(
         f"Rewards on {len(rows)} completions of {groups} prompts",
-        [*(_line(call, faults) for call in calls), ("total", "", *_spread(_totals(calls)), "")],
+        [
+            *(_line(call, faults, f"{call.reward.weight:g}") for call in trained),
+            *(_line(call, faults, "watched") for call in calls[len(trained) :]),
+            ("total", "", *_spread(totals), ""),
+        ],
         header=("reward", "weight", "mean", "std", "None", "seconds"),
     )
-    series = [*((call.reward.name, call.values) for call in calls if call.values), ("total", _totals(calls))]
+    series = [*((call.reward.name, call.values) for call in calls if call.values), ("total", totals)]
     console.table(
         "Distributions",
         [(name, *_bars(values)) for name, values in series],
@@ -126,7 +136,8 @@ def watch(command: Sequence[str], config: Config, files: Sequence[Path], console
 
     Every run is a process of its own, so that changed helper modules are read anew too. Ends with Ctrl-C.
     """
-    watched = [Path(s.function.rpartition(":")[0]) for s in config.rewards.reward_funcs if ".py:" in s.function]
+    specs = [*config.rewards.reward_funcs, *config.rewards.watch_funcs]
+    watched = [Path(s.function.rpartition(":")[0]) for s in specs if ".py:" in s.function]
     folders = sorted({path.expanduser().resolve().parent for path in watched})
     try:
         while True:
@@ -259,9 +270,9 @@ def _tokenise(rows: list[Row], config: Config) -> None:
 # Tables
 
 
-def _line(call: Call, faults: dict[str, UserError]) -> tuple[object, ...]:
+def _line(call: Call, faults: dict[str, UserError], weight: str) -> tuple[object, ...]:
     spread = ("error", "-", "-") if call.reward.name in faults else _spread(call.values)
-    return (call.reward.name, f"{call.reward.weight:g}", *spread, f"{call.seconds:.3f}")
+    return (call.reward.name, weight, *spread, f"{call.seconds:.3f}")
 
 
 def _totals(calls: list[Call]) -> list[float | None]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tandem.rl import distributed
 from tandem.rl.checkpoint import State
 from tandem.rl.config import Config
+from tandem.rl.errors import UserError
 from tandem.rl.evaluate import Judge, training_sampling
 from tandem.rl.experience import in_order
 from tandem.rl.metrics import Meter, rollout_metrics
@@ -20,6 +23,7 @@ class RolloutSource:
 
     Args:
         journal: of the process that writes files; None in the others, and where no journal is kept.
+        warn: told when a function fails that is only watched, once for each.
     """
 
     def __init__(
@@ -33,10 +37,12 @@ class RolloutSource:
         stop_token_ids: tuple[int, ...],
         clock: StepClock,
         journal: RolloutJournal | None,
+        warn: Callable[[str], None],
     ) -> None:
         self._config, self._prompts, self._sampler = config, prompts, sampler
         self._engine, self._judge, self._stop_token_ids = engine, judge, stop_token_ids
-        self._clock, self._journal = clock, journal
+        self._clock, self._journal, self._warn = clock, journal, warn
+        self._failed: set[str] = set()
 
     def next(self, state: State) -> tuple[list[Scored], dict[str, float]]:
         """The rollout that comes next, and what there is to say of it; the state moves on behind it."""
@@ -75,17 +81,26 @@ class RolloutSource:
             self._engine.sleep()
         with self._clock.part("reward"):
             scores = self._judge(groups, state.step)
+            watched = self._judge.watch(scores.rows, state.step)
         rows = in_order(distributed.gather(scores.rows), config.rollout.num_generations)
         # What rewards logged themselves is averaged over ranks; what is known of all rows is taken from them.
         logged = Meter()
-        for part in distributed.gather(scores.metrics):
+        for part, faults in distributed.gather((scores.metrics | watched.metrics, watched.faults)):
             for name, value in part.items():
                 logged.add(name, value)
+            self._say(faults)
         found = logged.result()
         if self._journal is not None:
             with self._clock.part("log"):
                 self._journal.append(rows, found, position=state.position, step=state.step)
         return rows, found
+
+    def _say(self, faults: dict[str, UserError]) -> None:
+        for name, error in faults.items():
+            if name not in self._failed:
+                self._failed.add(name)
+                counted = f"watch/rewards/{name}/failed counts it"
+                self._warn(f"{name} is only watched, so training goes on ({counted}): {error}")
 
     def _keep_place(self, state: State) -> None:
         if self._journal is not None:

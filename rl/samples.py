@@ -145,6 +145,7 @@ class Scored:
         rewards: each reward function's own value by its name; None where a reward does not apply to this row.
         reward: the weighted total.
         advantage: filled in once the whole batch is scored.
+        watched: values of the functions that are only watched, as `rewards`; they are no part of the total.
     """
 
     prompt: Prompt
@@ -154,6 +155,7 @@ class Scored:
     rewards: dict[str, float | None]
     reward: float
     advantage: float = 0.0
+    watched: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 Positive = Annotated[int, Field(gt=0)]
@@ -155,72 +155,6 @@ class RolloutConfig(Section):
     """vllm: no compilation and no CUDA graphs: starts in seconds, decodes several times slower."""
     cudagraph_sizes: list[Positive] | None = None
     """vllm: batch sizes that CUDA graphs are captured for; None: a ladder up to max_in_flight (or 256)."""
-
-
-class RewardSpec(Section):
-    """One reward function."""
-
-    function: str
-    """Built-in name, `FILE.py:function` or `module:function`, with TRL's signature or verl's `compute_score`."""
-    weight: Number = 1.0
-    """Factor of this reward in the total."""
-    name: str | None = None
-    """Name in metrics; None: the function's own."""
-    kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments passed to every call."""
-
-
-class RewardsConfig(Section):
-    """What is rewarded. The total is the weighted sum of the functions' values (None counts as not applicable). What
-    `gate`, `minimum` or `group_ranks` combine stands here too, with weight 0."""
-
-    reward_funcs: list[RewardSpec] = Field(default_factory=list)
-    """Functions: names, `FILE.py:function`, or mappings with function, weight, name, kwargs."""
-    reward_weights: list[Number] | None = None
-    """Weights in the order of `reward_funcs`, as in TRL; instead of a weight in each entry."""
-    timeout: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds that one call of one reward function on a whole batch may take."""
-    on_missing: Literal["stop", "group_mean"] = "group_mean"
-    """A completion to which no reward applies (a judge's answer that cannot be read). group_mean: it gets its group's
-    mean, so that nothing is learned from it, and `rewards/missing` counts it; stop: the run ends. A batch without any
-    reward ends the run in both cases."""
-
-    @field_validator("reward_funcs", mode="before")
-    @classmethod
-    def _names_are_specs(cls, value: Any) -> Any:
-        if isinstance(value, (str, dict)):
-            value = [value]
-        return [{"function": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
-
-    @model_validator(mode="after")
-    def _weights_fit(self) -> RewardsConfig:
-        if self.reward_weights is not None:
-            if len(self.reward_weights) != len(self.reward_funcs):
-                raise ValueError(
-                    f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs; "
-                    "give one weight per function"
-                )
-            for spec, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
-                spec.weight = weight
-            self.reward_weights = None
-        return self
-
-    @model_validator(mode="after")
-    def _combined_rewards_exist(self) -> RewardsConfig:
-        names = [spec.name or spec.function.rpartition(":")[2] for spec in self.reward_funcs]
-        for spec, own in zip(self.reward_funcs, names, strict=True):
-            if spec.function not in ("gate", "minimum", "group_ranks"):
-                continue
-            for key in ("first", "then", "of"):
-                value = spec.kwargs.get(key)
-                for part in value if isinstance(value, list) else [value] if value is not None else []:
-                    if part not in names or part == own:
-                        others = ", ".join(name for name in names if name != own)
-                        raise ValueError(
-                            f"reward {own!r} combines {part!r}, which is no other entry of reward_funcs "
-                            f"(these are {others or 'none'}): add it with weight 0"
-                        )
-        return self
 
 
 class AlgorithmConfig(Section):

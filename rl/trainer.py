@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +42,7 @@ from tandem.rl.prompts import PromptSampler
 from tandem.rl.reference_cache import cached_log_probs
 from tandem.rl.rollout_journal import RolloutJournal
 from tandem.rl.rollout_source import RolloutSource
-from tandem.rl.samples import Prompt, Scored, Sequence
+from tandem.rl.samples import Scored, Sequence
 from tandem.rl.step import (
     Objective,
     PolicyBatch,
@@ -55,26 +54,8 @@ from tandem.rl.step import (
 )
 from tandem.rl.step_time import StepClock
 from tandem.rl.trackers import Trackers
+from tandem.rl.training_data import TrainingData
 from tandem.rollout.engine import RolloutEngine
-
-
-@dataclass
-class TrainingData:
-    """Everything to learn from, tokenised: `prompts` for rollouts, `examples` for SFT, `answers` for preference tuning,
-    `warmup` for the SFT before the rest."""
-
-    prompts: list[Prompt] = field(default_factory=list)
-    eval_prompts: list[Prompt] = field(default_factory=list)
-    examples: list[Sequence] = field(default_factory=list)
-    eval_examples: list[Sequence] = field(default_factory=list)
-    answers: Answers | None = None
-    eval_answers: Answers | None = None
-    warmup: list[Sequence] = field(default_factory=list)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the main phase."""
-        return len(self.prompts or self.examples or self.answers or ())
 
 
 class Trainer:
@@ -125,6 +106,7 @@ class Trainer:
             stop_token_ids=stop_token_ids,
             clock=self._clock,
             journal=journal,
+            warn=console.warn,
         )
         self._parity = ParityGate(lm, config, self._head, engine=engine.name)
         self.total_steps = total_steps(config, data.num_rows)

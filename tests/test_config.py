@@ -135,7 +135,7 @@ def misspelt(key: str) -> str:
     return key[: len(key) // 2] + key[len(key) // 2 + 1 :]
 
 
-@pytest.mark.parametrize("place", [place for place in all_models() if place not in ("", "rewards.reward_funcs")])
+@pytest.mark.parametrize("place", [place for place in all_models() if place.count(".") == 0 and place])
 def test_misspelt_key_of_a_section_is_refused_with_the_right_name(place: str) -> None:
     long_enough = [key for key in all_models()[place].model_fields if len(key) > 3]
     for key in long_enough:

@@ -23,7 +23,7 @@ from tandem.rl.plan_models import MODELS
 from tandem.rl.plan_shape import ModelShape, read_shape, shape_of
 from tandem.rl.plan_sizing import USED_SHARE, Sizing, choose_sizes
 from tandem.rl.samples import Prompt, Sequence
-from tandem.rl.trainer import TrainingData
+from tandem.rl.training_data import TrainingData
 from tandem.rollout.vllm_plan import HEADROOM, VllmOptions, kv_cache_bytes
 
 ROOT = Path(__file__).parents[1]

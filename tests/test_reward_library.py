@@ -28,8 +28,8 @@ from tandem.rl import inputs
 from tandem.rl.config_file import load_config
 from tandem.rl.console import Console
 from tandem.rl.errors import UserError
+from tandem.rl.reward_config import RewardsConfig
 from tandem.rl.samples import Completion, Group, Prompt
-from tandem.rl.sections import RewardsConfig
 
 needs_jsonschema = pytest.mark.skipif(importlib.util.find_spec("jsonschema") is None, reason="jsonschema is not there")
 
