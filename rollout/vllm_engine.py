@@ -26,7 +26,7 @@ from tandem.rl.model import LanguageModel
 from tandem.rl.samples import Completion, Group, Prompt, Sampling
 from tandem.rollout.engine import Progress
 from tandem.rollout.policy_adapter import POLICY_ID, InPlacePush, PolicyNames, buffer_rank, policy_parts
-from tandem.rollout.process_state import frozen_heap, on_stream, preserved
+from tandem.rollout.process_state import on_stream, preserved
 from tandem.rollout.random_streams import mixed
 from tandem.rollout.vllm_plan import VllmOptions, config_folder, kv_cache_bytes
 from tandem.rollout.vllm_versions import LORA_RANKS
@@ -183,8 +183,7 @@ class VllmEngine:
     def sleep(self) -> None:
         """Give the KV cache's memory back; a second call does nothing."""
         if not self._asleep:
-            # vLLM collects garbage here, which would look through everything that the trainer has.
-            with preserved(quiet="vllm"), on_stream(self._stream), frozen_heap():
+            with preserved(quiet="vllm"), on_stream(self._stream):
                 self._llm.sleep(level=1)
             self._asleep = True
 

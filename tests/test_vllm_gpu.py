@@ -6,7 +6,6 @@ these results one by one. `TANDEM_TEST_MODEL` names another trained checkpoint t
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import random
@@ -134,7 +133,6 @@ def surroundings() -> list:
         str(torch.get_default_dtype()),
         str(torch.get_default_device()),
         torch.cuda.current_stream().cuda_stream,
-        gc.get_freeze_count() > 0,
         {k: v for k, v in os.environ.items() if "VLLM" in k or "TORCH" in k},
     ]
 

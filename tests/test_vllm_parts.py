@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import logging
 import os
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from tandem.kernels.nf4 import write_nf4_stack
 from tandem.rl.errors import UserError
 from tandem.rollout.policy_adapter import InPlacePush, LoraPart, PolicyNames, Stacks, buffer_rank
-from tandem.rollout.process_state import frozen_heap, on_stream, preserved
+from tandem.rollout.process_state import on_stream, preserved
 from tandem.rollout.stored_linear import release_scratch, reserve_scratch
 from tandem.rollout.vllm_plan import GIB, HEADROOM, VllmOptions, config_folder, kv_bytes_per_token, kv_cache_bytes
 from tandem.rollout.vllm_versions import ACCEPTED, LORA_RANKS, Relied, missing, refusal
@@ -103,7 +102,6 @@ def everything() -> tuple:
         torch.get_default_dtype(),
         torch.get_default_device(),
         dict(os.environ),
-        gc.get_freeze_count() > 0,
         logging.getLogger("an_engine").level,
     )
 
@@ -127,7 +125,6 @@ def test_the_process_is_left_as_it_was_found(fails, monkeypatch):
             torch.set_default_device("meta")
             os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
             del os.environ["ENGINE_REMOVED"]
-            gc.freeze()
             if fails:
                 raise ValueError("inside")
 
@@ -137,17 +134,6 @@ def test_the_process_is_left_as_it_was_found(fails, monkeypatch):
     else:
         meddle()
     assert everything() == before
-
-
-def test_a_frozen_heap_thaws_and_one_that_was_frozen_stays():
-    with frozen_heap():
-        assert gc.get_freeze_count() > 0
-    assert gc.get_freeze_count() == 0
-    gc.freeze()
-    with frozen_heap():
-        pass
-    assert gc.get_freeze_count() > 0
-    gc.unfreeze()
 
 
 def test_without_a_stream_nothing_happens():
