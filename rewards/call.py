@@ -5,16 +5,26 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Awaitable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tandem.rewards.base import EPISODES, ON_REQUEST, OTHER_VALUES, RESERVED, Reward, locate, nearest
+from tandem.rewards.base import (
+    EPISODES,
+    ON_REQUEST,
+    OTHER_VALUES,
+    RESERVED,
+    TRAINER_ARGUMENTS,
+    Reward,
+    locate,
+    nearest,
+)
+from tandem.rewards.own_copies import is_changed, own_copy
+from tandem.rewards.print_limit import limited_prints
 from tandem.rewards.time_limit import Outcome, TimeLimitReached, run_all_within, run_within
 from tandem.rl.errors import UserError
-from tandem.rl.samples import Completion, Prompt
+from tandem.rl.samples import Completion, Episode, Prompt
 
-_IMMUTABLE = frozenset((str, int, float, bool, type(None), bytes, complex))
 _SHOWN_CHARACTERS = 300
 
 
@@ -52,6 +62,7 @@ class Call:
             `rewards/NAME/KEY`.
         timeout: seconds that it may take.
         others: values of the rewards that were called before, for a function that asks for `rewards_by_name`.
+        notices: what the user should know of the function that is no fault.
     """
 
     reward: Reward
@@ -63,6 +74,8 @@ class Call:
     metrics: dict[str, list[float]] = field(default_factory=dict)
     timeout: float = 60.0
     others: dict[str, list[float | None]] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    _given: dict[str, Any] = field(default_factory=dict)
 
     def run(self, timeout: float) -> None:
         """Run a synchronous function. Raises UserError for every fault of it."""
@@ -70,7 +83,8 @@ class Call:
         arguments = self.arguments()
         start = time.perf_counter()
         try:
-            result = run_within(timeout, lambda: self.reward.function(**arguments))
+            with limited_prints(f"reward {self.reward.name!r}"):
+                result = run_within(timeout, lambda: self.reward.function(**arguments))
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -98,6 +112,7 @@ class Call:
 
     def _take(self, result: Any) -> None:
         self.values = self._checked(result)
+        self._notice_changed_arguments()
         for key, value in self.reward.metrics().items():
             if math.isfinite(value):
                 self.metrics.setdefault(f"rewards/{self.reward.name}/{key}", []).append(value)
@@ -105,8 +120,7 @@ class Call:
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments, only those which the function takes.
 
-        Lists and dicts are the call's own copies, so that a function which changes its arguments changes nothing for
-        the next one. Other objects (images, arrays) are shared: copying them would cost more than it protects.
+        They are the call's own copies, see `own_copy`; environments alone are the ones that played.
 
         Raises:
             UserError: the function needs an argument that is neither a column nor in its kwargs.
@@ -116,10 +130,10 @@ class Call:
         arguments: dict[str, Any] = {}
         for name in self.columns():
             if name not in self.reward.kwargs and (wanted is None or name in wanted):
-                arguments[name] = [_own_copy(row.prompt.columns.get(name)) for row in self.rows]
-        arguments |= {name: _own_copy(value) for name, value in self.reward.kwargs.items()}
+                arguments[name] = [own_copy(row.prompt.columns.get(name)) for row in self.rows]
+        arguments |= {name: own_copy(value) for name, value in self.reward.kwargs.items()}
         ours: dict[str, Any] = {
-            "prompts": lambda: [_own_copy(row.prompt.prompt) for row in self.rows],
+            "prompts": lambda: [own_copy(row.prompt.prompt) for row in self.rows],
             "completions": lambda: [_completion(row) for row in self.rows],
             "completion_ids": lambda: [list(row.completion.ids) for row in self.rows],
             "trainer_state": lambda: self.state,
@@ -128,17 +142,37 @@ class Call:
             "environments": lambda: self._environments(),
         }
         arguments |= {name: make() for name, make in ours.items() if wanted is None or name in wanted}
+        self._given = {name: value for name, value in arguments.items() if name not in TRAINER_ARGUMENTS}
         asked = set(self.reward.named()).intersection(ON_REQUEST)
         on_request: dict[str, Any] = {
             OTHER_VALUES: lambda: {name: list(values) for name, values in self.others.items()},
             "group_numbers": lambda: [row.group for row in self.rows],
             "reward_timeout": lambda: self.timeout,
-            EPISODES: lambda: [row.completion.episode for row in self.rows],
+            EPISODES: lambda: [_episode(row.completion.episode) for row in self.rows],
         }
         # A column of such a name is the function's own business.
         arguments |= {name: on_request[name]() for name in ON_REQUEST if name in asked and name not in arguments}
         self._check_required(arguments)
         return arguments
+
+    def _notice_changed_arguments(self) -> None:
+        given, self._given = self._given, {}
+        names = [repr(name) for name, value in given.items() if is_changed(value, self._original(name))]
+        if names:
+            self.notices.append(
+                f"reward {self.reward.name!r} changes its argument{'s' * (len(names) > 1)} {', '.join(names)}: nobody "
+                "else sees that, since they are copies"
+            )
+
+    def _original(self, name: str) -> Any:
+        if name in self.reward.kwargs:
+            return self.reward.kwargs[name]
+        make: dict[str, Callable[[Row], Any]] = {
+            "prompts": lambda row: row.prompt.prompt,
+            "completions": _completion,
+            "completion_ids": lambda row: row.completion.ids,
+        }
+        return [make[name](row) if name in make else row.prompt.columns.get(name) for row in self.rows]
 
     def _environments(self) -> list[Any] | None:
         """What played each completion; None where there are no environments."""
@@ -251,19 +285,15 @@ def _number(value: Any) -> float | None:
 
 def _completion(row: Row) -> str | list[dict[str, Any]]:
     if row.completion.episode is not None:
-        copy: list[dict[str, Any]] = _own_copy(row.completion.episode.messages)
+        copy: list[dict[str, Any]] = own_copy(row.completion.episode.messages)
         return copy
     return [{"role": "assistant", "content": row.text}] if row.prompt.conversational else row.text
 
 
-def _own_copy(value: Any) -> Any:
-    if type(value) is list:
-        if _IMMUTABLE.issuperset(map(type, value)):  # long lists of numbers or strings, at C speed
-            return value[:]
-        return [_own_copy(v) for v in value]
-    if type(value) is dict:
-        return {k: _own_copy(v) for k, v in value.items()}
-    return value
+def _episode(episode: Episode | None) -> Episode | None:
+    if episode is None:
+        return None
+    return replace(episode, messages=own_copy(episode.messages), turn_rewards=list(episode.turn_rewards))
 
 
 def _shorten(value: Any) -> str:

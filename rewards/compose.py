@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from tandem.rewards.base import Reward
 from tandem.rewards.call import Call, Row, TrainerState
+from tandem.rewards.print_limit import limited_prints
 from tandem.rewards.time_limit import run_all_within
 from tandem.rl.errors import UserError
 from tandem.rl.samples import Group, Scored
@@ -29,12 +30,14 @@ class Scores:
             (the mean if a name was logged several times).
         seconds: run time of each reward by its name; async ones overlap.
         extras: columns that the rewards logged with `log_extra`, one value per row.
+        notices: what the user should know of the rewards that is no fault.
     """
 
     rows: list[Scored] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     extras: dict[str, list[Any]] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
 
 
 def score(
@@ -88,6 +91,7 @@ def score(
         metrics=metrics,
         seconds={call.reward.name: call.seconds for call in calls},
         extras={column: values for call in calls for column, values in call.extras.items()},
+        notices=[text for call in calls for text in call.notices],
     )
 
 
@@ -124,7 +128,9 @@ def call_all(
         if not call.reward.is_async:
             guarded(call, partial(call.run, timeout))
     if waiting := [call for call in plain if call.reward.is_async]:
-        for call, outcome in zip(waiting, run_all_within(timeout, [c.start for c in waiting]), strict=True):
+        with limited_prints(f"reward {waiting[0].reward.name!r}" if len(waiting) == 1 else "the async rewards"):
+            outcomes = run_all_within(timeout, [call.start for call in waiting])
+        for call, outcome in zip(waiting, outcomes, strict=True):
             guarded(call, partial(call.finish, outcome, timeout))
     for call in calls:
         if call.reward.combines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ class Judge:
         timeout: seconds per call of one function. max_steps: steps of the whole run, for `trainer_state`.
         on_missing: what becomes of a completion to which no reward applies; see `compose.score`.
         watched: functions whose values are only watched.
+        warn: told what the user should know of the rewards.
     """
 
     rewards: list[Reward]
@@ -36,9 +38,10 @@ class Judge:
     max_steps: int = 0
     on_missing: OnMissing = "stop"
     watched: list[Reward] = field(default_factory=list)
+    warn: Callable[[str], None] | None = None
 
     def __call__(self, groups: list[Group], step: int) -> Scores:
-        return score(
+        scores = score(
             groups,
             self.rewards,
             lambda ids: completion_text(self.tokenizer, ids),
@@ -47,6 +50,9 @@ class Judge:
             max_steps=self.max_steps,
             on_missing=self.on_missing,
         )
+        for text in scores.notices if self.warn else []:
+            self.warn(text)
+        return scores
 
     def watch(self, rows: list[Scored], step: int) -> Watched:
         """Fill in what is only watched, once a whole batch is scored; no fault in it is raised."""

@@ -80,7 +80,14 @@ def prepare(config: Config, console: Console) -> Inputs:
     else:
         data.answers = _answers(train_rows, tokenizer, config)
         data.eval_answers = None if eval_rows is None else _answers(eval_rows, tokenizer, config)
-    judge = Judge(rewards, tokenizer, config.rewards.timeout, on_missing=config.rewards.on_missing, watched=watched)
+    judge = Judge(
+        rewards,
+        tokenizer,
+        config.rewards.timeout,
+        on_missing=config.rewards.on_missing,
+        watched=watched,
+        warn=console.warn,
+    )
     return Inputs(tokenizer, data, judge, objective, environments)
 
 

@@ -95,8 +95,8 @@ def show_rewards(config: Config, console: Console, *, on: Path | None, answers: 
     if metrics:
         console.table("Metrics of the rewards", list(metrics.items()))
     _show_examples(calls, rows[:examples], console)
-    for error in faults.values():
-        console.warn(str(error))
+    for text in [*(notice for call in calls for notice in call.notices), *map(str, faults.values())]:
+        console.warn(text)
     return not faults
 
 
