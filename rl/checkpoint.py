@@ -43,6 +43,7 @@ class State:
         journal_rollouts: rollouts that were learned from. journal_bytes: where they end in the journal.
         seconds: time spent in finished steps.
         scores: held-out score by step.
+        evaluating: the evaluation that is due after `step` has not come to its end.
     """
 
     warmup_step: int = 0
@@ -55,6 +56,7 @@ class State:
     journal_bytes: int = 0
     seconds: float = 0.0
     scores: dict[int, float] = field(default_factory=dict)
+    evaluating: bool = False
 
 
 def save_checkpoint(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tandem.rl.errors import UserError
+from tandem.rl.errors import RunStopped, UserError
 
 if TYPE_CHECKING:
     from tandem.rl.config import Config
@@ -155,6 +155,9 @@ def main() -> None:
     except UserError as error:
         _say(f"error: {error}")
         sys.exit(2)
+    except RunStopped as stop:
+        _say(f"error: {stop}")
+        sys.exit(1)
     except OSError as error:
         if error.errno not in _NO_WRITE:
             raise

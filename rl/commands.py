@@ -30,9 +30,10 @@ from tandem.rl.replay import fill, replay_config, survey
 from tandem.rl.report import write_report
 from tandem.rl.rewards_command import show_protections
 from tandem.rl.rollout_journal import Mark, RolloutJournal, source_of
+from tandem.rl.run_length import total_steps
 from tandem.rl.run_lock import run_lock
 from tandem.rl.trackers import NoTrackers, Trackers
-from tandem.rl.trainer import Trainer, total_steps
+from tandem.rl.trainer import Trainer
 
 
 def run(config: Config, *, dry_run: bool, console: Console) -> bool:

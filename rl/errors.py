@@ -1,10 +1,10 @@
-"""The one exception for mistakes that the user can fix."""
+"""Exceptions that a user reads as one message: for mistakes that the user can fix, and for a run that had to stop."""
 
 from __future__ import annotations
 
 
-class UserError(Exception):
-    """A mistake in a config, a data set, a reward or a command line. The CLI prints it and exits with code 2.
+class _Explained(Exception):
+    """An error with its reason and its remedy.
 
     Args:
         problem: what is wrong, with the offending value.
@@ -17,6 +17,14 @@ class UserError(Exception):
         super().__init__(
             "\n".join(part for part in (problem, reason and f"Why: {reason}", fix and f"Fix: {fix}") if part)
         )
+
+
+class UserError(_Explained):
+    """A mistake in a config, a data set, a reward or a command line. The CLI prints it and exits with code 2."""
+
+
+class RunStopped(_Explained):
+    """A run that had to stop through no fault of its user's, with a checkpoint. The CLI exits with code 1."""
 
 
 def short(value: object) -> str:

@@ -51,7 +51,7 @@ def open_model(
         note=console.note,
         warn=console.warn,
     )
-    longest = getattr(engine, "max_model_len", lm.max_length)
+    longest = getattr(engine, "max_model_len", None) or lm.max_length
     return lm, with_environments(engine, config, inputs, ends, longest), stop, config
 
 

@@ -20,6 +20,7 @@ from tandem.rl.checkpoint import State, save_checkpoint, save_final_adapter
 from tandem.rl.config import Config
 from tandem.rl.console import Console
 from tandem.rl.divergence import divergence_error
+from tandem.rl.errors import RunStopped
 from tandem.rl.evaluate import Judge, eval_sampling, evaluate
 from tandem.rl.experience import best_and_worst, kl_penalties, policy_batch, signal_indices, with_advantages
 from tandem.rl.journal import write_rollouts
@@ -42,6 +43,7 @@ from tandem.rl.prompts import PromptSampler
 from tandem.rl.reference_cache import cached_log_probs
 from tandem.rl.rollout_journal import RolloutJournal
 from tandem.rl.rollout_source import RolloutSource
+from tandem.rl.run_length import total_steps
 from tandem.rl.samples import Scored, Sequence
 from tandem.rl.step import (
     Objective,
@@ -56,6 +58,7 @@ from tandem.rl.step_time import StepClock
 from tandem.rl.trackers import Trackers
 from tandem.rl.training_data import TrainingData
 from tandem.rollout.engine import RolloutEngine
+from tandem.rollout.restart import EngineDied
 
 
 class Trainer:
@@ -115,12 +118,20 @@ class Trainer:
     # The loop
 
     def fit(self) -> bool:
-        """Train. Returns False if the run was stopped before its end."""
+        """Train. Returns False if the run was stopped before its end. Raises RunStopped: the engine is dead."""
+        try:
+            return self._fit()
+        except EngineDied as death:
+            self._save()
+            fix = f"a checkpoint after step {self._state.step} is kept: rl-train resume {self._run_dir}"
+            raise RunStopped(death.problem, reason=death.reason, fix=fix) from death
+
+    def _fit(self) -> bool:
         state, config = self._state, self._config
         if not self._warm_up():
             return False
         self._load_reference()
-        if state.step == 0 and 0 not in state.scores and config.eval.eval_on_start:
+        if state.evaluating or (config.eval.eval_on_start and state.step == 0 and 0 not in state.scores):
             self._evaluate()
         self._console.start(self.total_steps, state.step)
         iteration = {
@@ -410,7 +421,8 @@ class Trainer:
             raise divergence_error(self._run_dir, count, metrics, self._parameters, self._optimizer)
 
     def _evaluate(self) -> None:
-        state, config = self._state, self._config
+        state, config, metrics = self._state, self._config, dict[str, float]()
+        state.evaluating = True
         if self._data.eval_prompts:
             sampling = eval_sampling(config, self._stop_token_ids)
             self._engine.wake()
@@ -439,9 +451,9 @@ class Trainer:
             metrics = {"eval/loss": loss}
             state.scores[state.step] = loss
             self._console.note(f"held-out loss after {state.step} steps: {loss:.4f}")
-        else:
-            return
-        self._trackers.log(state.step, metrics)
+        state.evaluating = False
+        if metrics:
+            self._trackers.log(state.step, metrics)
 
     def _save(self) -> None:
         keep = self._config.checkpoint.save_total_limit
@@ -467,16 +479,3 @@ class Trainer:
         if self._lm.device.type == "cuda":
             metrics["perf/max_memory_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return metrics
-
-
-def total_steps(config: Config, num_rows: int) -> int:
-    """Optimiser steps of the whole run."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    rows = config.train.num_train_epochs * num_rows
-    if not config.uses_rollouts:
-        return max(math.ceil(rows / config.train.per_device_train_batch_size), 1)
-    rollouts = max(math.ceil(rows / config.prompts_per_rollout), 1)
-    if config.algorithm.name == "online_dpo":
-        return rollouts
-    return rollouts * config.train.steps_per_generation * config.algorithm.num_iterations

@@ -16,6 +16,7 @@ import torch
 from tandem.rl.errors import UserError, cause
 from tandem.rl.model import LanguageModel
 from tandem.rollout.engine import RolloutEngine
+from tandem.rollout.restart import RestartingEngine
 from tandem.rollout.transformers_engine import TransformersEngine
 from tandem.rollout.vllm_engine import VllmEngine, copy_bytes, free_bytes
 from tandem.rollout.vllm_plan import GIB, HEADROOM, VllmOptions
@@ -90,25 +91,30 @@ def _vllm(
 ) -> tuple[RolloutEngine | None, str]:
     """An engine, or the reason for none."""
     reason = "the model was loaded without a weight store"
+
+    def shared() -> RolloutEngine:
+        return build(language_model, store, options)
+
+    def copied() -> RolloutEngine:
+        quantization = "bitsandbytes" if load_in_4bit else None
+        return build(language_model, None, options, source=source, source_quantization=quantization)
+
     if store is not None:
-        engine, reason = _attempt(lambda: build(language_model, store, options))
+        engine, reason = _attempt(shared)
         if engine is not None:
             size = getattr(engine, "kv_cache_bytes", 0) / GIB
             note(
                 f"rollouts go through vLLM on the trainer's own weights; its KV cache takes {size:.2f} GiB in rollouts"
             )
-            return engine, ""
+            return RestartingEngine(engine, shared, warn=warn), ""
     copy = copy_bytes(language_model)
     if free_bytes(language_model.device) < copy + HEADROOM:
         return None, f"{reason}; and there is no room for a copy of the weights ({copy / GIB:.2f} GiB)"
-    quantization = "bitsandbytes" if load_in_4bit else None
-    engine, second = _attempt(
-        lambda: build(language_model, None, options, source=source, source_quantization=quantization)
-    )
+    engine, second = _attempt(copied)
     if engine is None:
         return None, f"{reason}; and with a copy of the weights: {second}"
     warn(f"vLLM holds a copy of the weights, {copy / GIB:.2f} GiB that training cannot use: {reason}")
-    return engine, ""
+    return RestartingEngine(engine, copied, warn=warn), ""
 
 
 def _attempt(build: Callable[[], RolloutEngine]) -> tuple[RolloutEngine | None, str]:

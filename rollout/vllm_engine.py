@@ -201,17 +201,19 @@ class VllmEngine:
         """Give everything back but the store. The engine is of no use afterwards."""
         if self._llm is None:
             return
-        if self._asleep and free_bytes(self._lm.device) > self.kv_cache_bytes:
-            self.wake()
-        with preserved(quiet="vllm"), on_stream(self._stream):
-            self._llm.llm_engine.engine_core.shutdown()
-        if isinstance(self._push, FolderPush):
-            self._push.close()
-        self._llm = self._push = self._stream = None
-        gc.collect()
-        if self._lm.device.type == "cuda":
-            self._api.release()
-            torch.cuda.empty_cache()
+        try:
+            if self._asleep and free_bytes(self._lm.device) > self.kv_cache_bytes:
+                self.wake()
+            with preserved(quiet="vllm"), on_stream(self._stream):
+                self._llm.llm_engine.engine_core.shutdown()
+        finally:  # a dead engine may be unable to shut down, and holds memory like any other
+            if isinstance(self._push, FolderPush):
+                self._push.close()
+            self._llm = self._push = self._stream = None
+            gc.collect()
+            if self._lm.device.type == "cuda":
+                self._api.release()
+                torch.cuda.empty_cache()
 
 
 class FolderPush:
