@@ -163,18 +163,29 @@ def run_worker(system: str, arguments: argparse.Namespace, argv: list[str]) -> I
         yield row(system, arguments, None if begun in lengths else begun, error=failure)
 
 
-def lines_of(system: str, arguments: list[str], timeout: float) -> Iterator[str]:
-    """Output of this script in a process of its own, line by line, and a line FAILED with the reason if it fails.
+def lines_of(
+    system: str,
+    arguments: list[str],
+    timeout: float,
+    *,
+    script: str | None = None,
+    settings: dict[str, str] | None = None,
+) -> Iterator[str]:
+    """Output of a script in a process of its own, line by line, and a line FAILED with the reason if it fails.
 
     Output goes through files, not pipes: a grandchild that outlives a stopped process would hold a pipe open.
+
+    Args:
+        script: None: this one. settings: environment variables; None: those of an update, whose segments can grow.
     """
-    environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}
-    environment |= {"UNSLOTH_DISABLE_STATISTICS": "1", "WANDB_MODE": "disabled"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "WANDB_MODE": "disabled"}
+    environment |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if settings is None else settings
+    command = worker_command(arguments) if script is None else [sys.executable, script, *arguments]
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
         with stdout.open("w") as out, stderr.open("w") as err:
-            process = subprocess.Popen(worker_command(arguments), stdout=out, stderr=err, env=environment)
+            process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
         try:
             with stdout.open(encoding="utf-8", errors="replace") as file:
                 rest, ended, stopped = "", False, False

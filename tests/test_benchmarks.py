@@ -30,6 +30,7 @@ def module(name: str) -> ModuleType:
 
 
 update, plot_update, kernel_speed = module("update"), module("plot_update"), module("kernel_speed")
+grpo_step = module("grpo_step")
 
 
 def row(system: str, length: int | None, **values: Any) -> dict[str, Any]:
@@ -320,6 +321,105 @@ def test_every_tandem_system_computes_the_same_gradient(tmp_path: Path) -> None:
         assert (found - gradients["tandem"]).norm() <= 0.03 * gradients["tandem"].norm(), system
     assert host["tandem"] > 0
     assert host["tandem-no-offload"] == 0
+
+
+# --- whole steps ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def words_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_model import save_llama, save_words
+
+    folder = tmp_path_factory.mktemp("words")
+    words = ["<unk>", "<eos>", *(f"w{i}" for i in range(62))]
+    save_words(folder, words, eos="<eos>", unk="<unk>")
+    save_llama(folder, len(words), max_position_embeddings=64)
+    return folder
+
+
+def test_whole_steps_of_each_system(words_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tandem and TRL make their steps; a system that is not here leaves its error."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    (tmp_path / "unsloth.py").write_text("raise ImportError('no such card')")
+    shape = [
+        "--prompts",
+        "2",
+        "--generations",
+        "4",
+        "--prompt-tokens",
+        "12",
+        "--completion-tokens",
+        "6",
+        "--steps",
+        "2",
+    ]
+    grpo_step.main(["--model", str(words_model), *shape, "--set", "optim.learning_rate=1e-3", "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("grpo-step-cpu-*.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["command"].startswith("python benchmarks/grpo_step.py --model")
+    for system in ("tandem", "trl"):
+        start, *steps = [one for one in content["rows"] if one["system"] == system]
+        assert (start["step"], [one["step"] for one in steps]) == (0, [1, 2]), start["error"]
+        for one in steps:
+            assert (one["context"], one["error"]) == (18, None)
+            lengths = {one["logged"][f"completions/{name}_length"] for name in ("min", "mean", "max")}
+            assert lengths == {6}, "every completion has its full length"
+            assert sum(one["parts"].values()) == pytest.approx(one["seconds"], abs=1e-3)
+            assert {"generate", "backward"} <= set(one["parts"])
+            assert one["tokens_per_s"] == pytest.approx(48 / one["seconds"], rel=0.01)
+            assert one["logged"]["grad_norm"] > 0
+    rates = [one for one in content["summary"] if one["system"] == "unsloth"]
+    assert (rates[0]["steps"], rates[0]["error"].partition(" (in")[0]) == (0, "ImportError: no such card")
+
+
+def test_prompts_have_the_length_that_was_asked_for(words_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(words_model)
+    rows = grpo_step.questions(str(words_model), 5, 33)
+    assert [len(tokenizer(one["prompt"])["input_ids"]) for one in rows] == [33] * 5
+    assert len({one["prompt"] for one in rows}) == 5
+    assert rows == grpo_step.questions(str(words_model), 5, 33)
+    assert len(grpo_step.questions(str(words_model), 1, 7)) == 1
+
+
+def test_longest_asks_for_one_shape_after_the_other() -> None:
+    argv = ["--model", "m", "--longest", "8192", "4096", "--cap", "24"]
+    found = list(grpo_step.jobs(grpo_step.parse(argv), argv))
+    assert [system for system, _ in found] == ["tandem", "tandem"]
+    first = grpo_step.parse([*argv, *found[0][1]])
+    assert (first.prompts, first.generations, first.prompt_tokens, first.completion_tokens) == (1, 2, 2048, 2048)
+    assert (first.steps, first.micro_batch) == (1, 2)
+    assert grpo_step.parse([*argv, *found[1][1]]).prompt_tokens == 8192 - 2048
+
+
+@pytest.mark.parametrize(
+    "more", [["--generations", "1"], ["--longest", "2048"], ["--longest", "4096", "--systems", "trl"], ["--steps", "0"]]
+)
+def test_wrong_steps_are_refused(more: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        grpo_step.parse(["--model", "m", *more])
+
+
+def test_the_summary_leaves_the_first_step_out() -> None:
+    known = grpo_step.parse(["--model", "m"])
+    steps = [(1, 9.0, 8.0), (2, 2.0, 1.0), (3, 4.0, 3.0)]
+    rows = [grpo_step.row("trl", known, step=0, seconds=60.0, device_gib=3.0)]
+    for step, seconds, part in steps:
+        parts = {"generate": part, "idle": seconds - part}
+        rows.append(grpo_step.row("trl", known, step=step, seconds=seconds, parts=parts, tokens_per_s=1 / seconds))
+    rows.append(grpo_step.row("unsloth", known, error="it broke"))
+    trl, unsloth = grpo_step.summary(rows)
+    assert (trl["seconds"], trl["parts"]["generate"], trl["steps"], trl["device_gib"]) == (3.0, 2.0, 3, 3.0)
+    assert (unsloth["steps"], unsloth["seconds"], unsloth["error"]) == (0, None, "it broke")
+    assert grpo_step.summary(rows[:2])[0]["seconds"] == 9.0
+
+
+def test_memory_cannot_be_held_back_without_a_device() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    with pytest.raises(RuntimeError, match="cannot be held back"):
+        module("device_watch").DeviceWatch(1.0)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------

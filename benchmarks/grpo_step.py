@@ -1,0 +1,532 @@
+"""Whole GRPO steps, rollout and update: Tandem, TRL with vLLM in its process, and Unsloth with vLLM, side by side.
+
+    python benchmarks/random_checkpoint.py qwen3-8b /tmp/qwen3-8b --dtype bf16
+    python benchmarks/grpo_step.py --model /tmp/qwen3-8b --prompts 8 --generations 8 --completion-tokens 4096
+    python benchmarks/grpo_step.py --model /tmp/qwen3-8b --cap 24 --longest 65536
+
+Every system runs in a process of its own, with the same prompts, rank 32 on all seven projections, a base in 4 bits
+(-bf16: in bfloat16), and completions that only end at their full length, so that all sample equally many tokens. A step
+is what its trainer does between two logs; `parts` are seconds where the system can be asked for them, and sum to
+`seconds`. The summary takes the median of all steps but the first, which compiles. `--cap` is held back by another
+process (see device_watch.py), and `device_gib` is the peak of all that a system used of the device, its context
+included. `allocated_gib` and `reserved_gib` are PyTorch's own peaks, in which vLLM's pool counts also while it sleeps.
+
+`--longest` instead takes one prompt of LENGTH - 2048 tokens with two completions of 2048 tokens each, with Tandem, up
+to the first length that fails. Without a CUDA device, tandem and trl generate through transformers, which tries the
+benchmark out. Writes `benchmarks/results/grpo-step-DEVICE-DATE.json`, anew after every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from device_watch import DeviceWatch
+from update import GIB, RANK, RESULTS, TARGETS, device_facts, header, lines_of, result_path, store
+
+SYSTEMS = ("tandem", "tandem-int4", "tandem-bf16", "trl", "trl-bf16", "unsloth")
+# vLLM's pool for sleeping cannot be had together with expandable segments.
+SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+COLUMNS = ("step", "seconds", "parts", "tokens_per_s", "allocated_gib", "reserved_gib", "device_gib", "logged", "error")
+LONG_COMPLETION = 2048
+_LOGGED = ("loss", "grad_norm", "reward", "entropy", "completions/", "parity/", "sampling/", "step_time", "perf/")
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parse(argv)
+    if arguments.worker == "device":
+        print("\nDEVICE " + json.dumps(facts()))
+    elif arguments.worker:
+        work(arguments.worker, arguments)
+    else:
+        compare(arguments, argv)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint with its tokenizer")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=["tandem", "trl", "unsloth"])
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--generations", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--completion-tokens", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--cap", type=float, default=0.0, metavar="GIB", help="memory of the device; 0: all of it")
+    parser.add_argument("--longest", type=int, nargs="+", metavar="LENGTH", help="one step of tandem at each length")
+    parser.add_argument("--micro-batch", type=int, default=4, help="trl, unsloth: completions in a forward pass")
+    parser.add_argument("--vllm-share", type=float, help="trl (0.6), unsloth (0.9): share of the cap for vLLM")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="tandem: overrides of its config")
+    parser.add_argument("--label", help="stored with every row")
+    parser.add_argument("--timeout", type=float, default=560.0, help="seconds for one system")
+    parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results)")
+    parser.add_argument("--worker", choices=(*SYSTEMS, "device"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if min(arguments.prompts, arguments.steps, arguments.prompt_tokens, arguments.completion_tokens) < 1:
+        parser.error("--prompts, --steps, --prompt-tokens and --completion-tokens must be at least 1")
+    if arguments.generations < 2:
+        parser.error("--generations must be at least 2: a group of one has no advantage")
+    if arguments.longest and min(arguments.longest) <= LONG_COMPLETION:
+        parser.error(f"every length of --longest must be more than the {LONG_COMPLETION} tokens that are sampled")
+    if arguments.longest and not arguments.systems[0].startswith("tandem"):
+        parser.error(f"--longest is for tandem, not for {arguments.systems[0]}")
+    completions = arguments.prompts * arguments.generations
+    arguments.micro_batch = max(n for n in range(1, arguments.micro_batch + 1) if completions % n == 0)
+    return arguments
+
+
+def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
+    """Run the systems one after the other; whatever is measured is stored at once."""
+    device = next((json.loads(rest) for kind, rest in said("device", argv, 120) if kind == "DEVICE"), None)
+    if device is None:
+        raise SystemExit("the device cannot be asked: try python -c 'import torch; torch.cuda.init()'")
+    result = header("grpo_step.py", "grpo-step", argv, device) | {"notes": {}, "rows": []}
+    target = result_path(arguments.out or RESULTS, result)
+    on_gpu = device["total_gib"] is not None
+    for system, shape in jobs(arguments, argv):
+        name = f"{system} {shape[-1]}" if arguments.longest else system
+        failed = False
+        with DeviceWatch(arguments.cap) if on_gpu else nullcontext() as watch:
+            for one in rows_of(system, arguments, [*argv, *shape], watch, result["notes"].setdefault(name, [])):
+                print(json.dumps({k: v for k, v in one.items() if v is not None}), flush=True)
+                result["rows"].append(one)
+                store(target, result | {"summary": summary(result["rows"])})
+                failed = failed or one["error"] is not None
+        if arguments.longest and failed:
+            break
+    for line in summary(result["rows"]):
+        print(json.dumps(line))
+    print(target)
+
+
+def jobs(arguments: argparse.Namespace, argv: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """The systems with what is changed of the arguments: the last value of an option counts."""
+    if not arguments.longest:
+        yield from ((system, []) for system in arguments.systems)
+        return
+    for length in sorted(set(arguments.longest)):
+        shape = ["--prompts", "1", "--generations", "2", "--completion-tokens", str(LONG_COMPLETION)]
+        shape += ["--steps", str(arguments.steps if any(a.startswith("--steps") for a in argv) else 1)]
+        yield arguments.systems[0], [*shape, "--prompt-tokens", str(length - LONG_COMPLETION)]
+
+
+def rows_of(
+    system: str, arguments: argparse.Namespace, argv: list[str], watch: DeviceWatch | None, notes: list[str]
+) -> Iterator[dict[str, Any]]:
+    """A row of each step as it ends, and one for what went wrong; before the first, one of the start."""
+    arguments = parse(argv)
+    error = None
+    for kind, rest in said(system, argv, arguments.timeout):
+        if kind in ("ROW", "START"):
+            peak = None if watch is None else watch.peak_gib()
+            yield row(system, arguments, **json.loads(rest), device_gib=peak)
+        elif kind == "NOTE":
+            notes.append(json.loads(rest))
+        elif kind == "ERROR" or (kind == "FAILED" and error is None):
+            error = json.loads(rest)
+    if error is not None:
+        peak = None if watch is None else watch.peak_gib()
+        yield row(system, arguments, error=error, device_gib=peak)
+
+
+def said(worker: str, argv: list[str], timeout: float) -> Iterator[tuple[str, str]]:
+    """The lines of a worker, by their first word."""
+    settings = SETTINGS | ({"UNSLOTH_VLLM_STANDBY": "1"} if worker == "unsloth" else {})
+    for line in lines_of(worker, [*argv, "--worker", worker], timeout, script=__file__, settings=settings):
+        kind, _, rest = line.partition(" ")
+        if kind in ("DEVICE", "START", "ROW", "NOTE", "ERROR", "FAILED"):
+            yield kind, rest
+
+
+def row(system: str, arguments: argparse.Namespace, **values: Any) -> dict[str, Any]:
+    known = {
+        "system": system,
+        "label": arguments.label,
+        "model": arguments.model.name,
+        "cap_gib": arguments.cap or None,
+    }
+    shape = {
+        name: getattr(arguments, name) for name in ("prompts", "generations", "prompt_tokens", "completion_tokens")
+    }
+    context = arguments.prompt_tokens + arguments.completion_tokens
+    return known | shape | {"context": context} | dict.fromkeys(COLUMNS) | values
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each system and shape: medians over its steps but the first, or the first where it is the only one."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for one in rows:
+        groups.setdefault((one["system"], one["context"], one["cap_gib"], one["label"]), []).append(one)
+    found = []
+    for (system, context, cap, label), group in groups.items():
+        steps = [one for one in group if one["step"]]
+        counted = steps[1:] or steps
+        names = list(dict.fromkeys(name for one in counted for name in one["parts"]))
+        parts = {name: statistics.median(one["parts"].get(name, 0.0) for one in counted) for name in names}
+        peaks = [one["device_gib"] for one in group if one["device_gib"] is not None]
+        found.append(
+            {
+                "system": system, "context": context, "cap_gib": cap, "label": label, "steps": len(steps),
+                "seconds": statistics.median(one["seconds"] for one in counted) if counted else None,
+                "tokens_per_s": statistics.median(one["tokens_per_s"] for one in counted) if counted else None,
+                "parts": {name: round(seconds, 3) for name, seconds in parts.items()},
+                "device_gib": max(peaks, default=None),
+                "error": next((one["error"] for one in group if one["error"]), None),
+            }
+        )  # fmt: skip
+    return found
+
+
+# --- in a system's process --------------------------------------------------------------------------------------------
+
+
+def work(system: str, arguments: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    try:
+        {"tandem": tandem, "trl": trl, "unsloth": unsloth}[system.partition("-")[0]](system, arguments, started)
+    except Exception as error:  # whatever it was belongs into the result
+        traceback.print_exc()
+        frames = [
+            f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)[-4:]
+        ]
+        say("ERROR", f"{type(error).__name__}: {str(error)[:1500]} (in {', '.join(frames)})")
+        raise SystemExit(1) from error
+
+
+def say(kind: str, value: Any) -> None:
+    """A line for the process that compares. Libraries print without a line's end, too."""
+    print(f"\n{kind} {json.dumps(value)}", flush=True)
+
+
+def say_start(started: float) -> None:
+    say("START", {"step": 0, "seconds": round(time.perf_counter() - started, 2)} | own_peaks())
+
+
+def say_step(arguments: argparse.Namespace, step: int, parts: dict[str, float], logged: dict[str, Any]) -> None:
+    """One step's row. Sampled tokens are those that the trainer counted itself, not those that were asked for."""
+    seconds = sum(parts.values())
+    length = logged.get("completions/mean_length")
+    sampled = None if length is None else length * arguments.prompts * arguments.generations
+    kept = {name: value for name, value in logged.items() if name.startswith(_LOGGED) and is_number(value)}
+    values = {
+        "step": step,
+        "seconds": round(seconds, 4),
+        "parts": {name: round(value, 4) for name, value in parts.items()},
+        "tokens_per_s": None if sampled is None else round(sampled / seconds, 1),
+        "logged": kept,
+    }
+    say("ROW", values | own_peaks())
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value == value and abs(value) != float("inf")
+
+
+def own_peaks() -> dict[str, float]:
+    """PyTorch's peaks since the last call, in GiB; nothing without a device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    return {"allocated_gib": round(allocated / GIB, 3), "reserved_gib": round(reserved / GIB, 3)}
+
+
+def questions(model: str, count: int, tokens: int) -> list[dict[str, str]]:
+    """`count` prompts of random words, each of `tokens` tokens of the model's tokenizer, as rows of a data set.
+
+    Only words that are one token behind a blank are used. A token that the tokenizer adds itself is one of `tokens`.
+
+    Raises:
+        ValueError: the tokenizer has no such words, or joins them to something else.
+    """
+    import random
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    draw = random.Random(0)
+    ids = list(range(len(tokenizer)))
+    draw.shuffle(ids)
+    special = set(tokenizer.all_special_ids)
+    words: list[str] = []
+    for i in ids:
+        word = tokenizer.decode([i]).strip()
+        alone = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+        if i not in special and word.isascii() and word.isalnum() and alone == [i]:
+            words.append(word)
+        if len(words) == 4096:
+            break
+    if len(words) < 2:
+        raise ValueError(f"the tokenizer of {model} has {len(words)} words of one token, too few to make prompts of")
+    added = len(tokenizer(f" {words[0]}")["input_ids"]) - 1
+    rows = [{"prompt": "".join(f" {word}" for word in draw.choices(words, k=tokens - added))} for _ in range(count)]
+    for one in rows:
+        found = len(tokenizer(one["prompt"])["input_ids"])
+        if found != tokens:
+            raise ValueError(f"a prompt of {tokens} tokens came out with {found}; this tokenizer joins words")
+    return rows
+
+
+def alternating(completions: list[Any], **columns: Any) -> list[float]:
+    """A reward with a spread in every group, for a model that cannot earn one."""
+    return [float(i % 2) for i in range(len(completions))]
+
+
+def tandem(system: str, arguments: argparse.Namespace, started: float) -> None:
+    """The run that `rl-train run` makes of a config; only the tokens that end a completion are left out."""
+    import torch
+    import yaml
+
+    from tandem.rl.checkpoint import State
+    from tandem.rl.config_file import load_config
+    from tandem.rl.console import Console
+    from tandem.rl.inputs import prepare
+    from tandem.rl.lora import trainable
+    from tandem.rl.open_model import open_model
+    from tandem.rl.optim import make_optimizer
+    from tandem.rl.rollout_journal import Mark, RolloutJournal, source_of
+    from tandem.rl.trackers import NoTrackers
+    from tandem.rl.trainer import Trainer
+
+    class Notes(Console):
+        def note(self, text: str) -> None:
+            say("NOTE", text)
+
+        def warn(self, text: str) -> None:
+            say("NOTE", f"warning: {text}")
+
+    class Rows(NoTrackers):
+        def log(self, step: int, metrics: Any) -> None:
+            parts = {name[5:]: value for name, value in metrics.items() if name.startswith("time/")}
+            say_step(arguments, step, parts, dict(metrics))
+
+    console = Notes(live=False)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "step.yaml"
+        path.write_text(yaml.safe_dump(tandem_config(system, arguments, folder)), encoding="utf-8")
+        config = load_config(path, arguments.set)
+        inputs = prepare(config, console)
+        torch.manual_seed(config.seed)
+        lm, engine, _, config = open_model(config, inputs, console)
+        config.run_dir.mkdir(parents=True)
+        say_start(started)
+        trainer = Trainer(
+            config,
+            config.run_dir,
+            lm=lm,
+            engine=engine,
+            data=inputs.data,
+            judge=inputs.judge,
+            stop_token_ids=(),
+            optimizer=make_optimizer(trainable(lm), config.optim),
+            state=State(),
+            trackers=Rows(),
+            console=console,
+            should_stop=lambda: False,
+            objective=inputs.objective,
+            journal=RolloutJournal(config.run_dir, Mark(0, 0), source=source_of(config), note=console.note),
+        )
+        trainer.fit()
+        engine.close()
+
+
+def tandem_config(system: str, arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    model: dict[str, Any] = {"model_name_or_path": str(arguments.model.resolve())}
+    if on_gpu and system != "tandem-bf16":
+        model |= {"load_in_4bit": True, "weight_format": "int4" if system == "tandem-int4" else "nf4"}
+    rows = {"model": model["model_name_or_path"], "tokens": arguments.prompt_tokens}
+    return {
+        "run_name": "step",
+        "output_dir": folder,
+        "model": model,
+        "lora": {"r": RANK, "lora_alpha": RANK, "target_modules": TARGETS},
+        "data": {
+            "dataset_name": f"{Path(__file__).resolve()}:questions",
+            "dataset_kwargs": rows | {"count": arguments.prompts * arguments.steps},
+            "shuffle_dataset": False,
+        },
+        "rollout": {
+            "engine": "vllm" if on_gpu else "transformers",
+            "num_generations": arguments.generations,
+            "max_completion_length": arguments.completion_tokens,
+        },
+        "rewards": {"reward_funcs": [f"{Path(__file__).resolve()}:alternating"]},
+        "train": {
+            "max_steps": arguments.steps,
+            "generation_batch_size": arguments.prompts * arguments.generations,
+        },
+        "optim": {"learning_rate": 1e-6},
+        "parity": {"action": "warn"},
+        "checkpoint": {"save_steps": 0},
+    }
+
+
+def shared_settings(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """What TRL's config and Unsloth's have in common: the algorithm and the batch."""
+    import torch
+
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": arguments.micro_batch,
+        "gradient_accumulation_steps": arguments.prompts * arguments.generations // arguments.micro_batch,
+        "num_generations": arguments.generations,
+        "max_completion_length": arguments.completion_tokens,
+        "max_steps": arguments.steps,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch",
+        "temperature": 1.0,
+        "loss_type": "dapo",
+        "beta": 0.0,
+        "shuffle_dataset": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": torch.cuda.is_available(),
+    }
+
+
+def vllm_share(arguments: argparse.Namespace, default: float) -> float:
+    """vLLM's `gpu_memory_utilization`, which counts the whole device."""
+    import torch
+
+    _, total = torch.cuda.mem_get_info()
+    room = arguments.cap * GIB if arguments.cap else torch.cuda.mem_get_info()[0]
+    share = round((arguments.vllm_share or default) * room / total, 4)
+    say("NOTE", f"gpu_memory_utilization={share}: {share * total / GIB:.1f} GiB")
+    return share
+
+
+def trl(system: str, arguments: argparse.Namespace, started: float) -> None:
+    """As TRL's guide has it: QLoRA by `quantization_config` and `peft_config`, vLLM in the process with sleep mode."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, BitsAndBytesConfig
+    from trl import GRPOConfig
+    from trl_steps import StepRows, TimedTrainer
+
+    from tandem.rl.step_time import StepClock
+
+    on_gpu = torch.cuda.is_available()
+    quantised = "quantization_config" in json.loads((arguments.model / "config.json").read_text(encoding="utf-8"))
+    quantization = None
+    if on_gpu and system == "trl" and not quantised:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    length = arguments.prompt_tokens + arguments.completion_tokens
+    own: dict[str, Any] = {"generation_kwargs": {"min_new_tokens": arguments.completion_tokens}, "use_cpu": True}
+    if on_gpu:
+        own = {
+            "use_vllm": True,
+            "vllm_mode": "colocate",
+            "vllm_enable_sleep_mode": True,
+            "vllm_gpu_memory_utilization": vllm_share(arguments, 0.6),
+            "vllm_max_model_length": -(-length // 128) * 128,
+            "vllm_importance_sampling_mode": "token_truncate",
+            "generation_kwargs": {"ignore_eos": True},
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        }
+    init = {
+        "dtype": "bfloat16" if on_gpu else "float32",
+        "attn_implementation": "sdpa",
+        "device_map": {"": 0} if on_gpu else None,
+    }
+    clock = StepClock(torch.cuda.synchronize if on_gpu else None)
+    rows = questions(str(arguments.model), arguments.prompts * arguments.steps, arguments.prompt_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TimedTrainer(
+            model=str(arguments.model),
+            args=GRPOConfig(**shared_settings(arguments, folder), **own, model_init_kwargs=init),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(arguments.model, padding_side="left"),
+            reward_funcs=[alternating],
+            quantization_config=quantization,
+            peft_config=LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, task_type="CAUSAL_LM"),
+            callbacks=[StepRows(clock, lambda *values: say_step(arguments, *values))],
+            clock=clock,
+        )
+        say_start(started)
+        trainer.train()
+
+
+def unsloth(system: str, arguments: argparse.Namespace, started: float) -> None:
+    """As Unsloth's notebooks have it, with its standby mode; whole steps only."""
+    import unsloth  # noqa: F401, I001  # must come before trl and transformers
+    import torch
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+    from trl_steps import StepRows
+    from unsloth import FastLanguageModel
+    from vllm import SamplingParams
+
+    from tandem.rl.step_time import StepClock
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        model_name=str(arguments.model),
+        max_seq_length=arguments.prompt_tokens + arguments.completion_tokens,
+        load_in_4bit=True,
+        fast_inference=True,
+        max_lora_rank=RANK,
+        gpu_memory_utilization=vllm_share(arguments, 0.9),
+        dtype=torch.bfloat16,
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=RANK,
+        lora_alpha=RANK,
+        target_modules=TARGETS,
+        lora_dropout=0,
+        use_gradient_checkpointing="unsloth",
+        random_state=0,
+    )
+    sampling = SamplingParams(
+        temperature=1.0, top_p=1.0, top_k=-1, max_tokens=arguments.completion_tokens, ignore_eos=True
+    )
+    clock = StepClock(torch.cuda.synchronize)
+    rows = questions(str(arguments.model), arguments.prompts * arguments.steps, arguments.prompt_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=model,
+            args=GRPOConfig(**shared_settings(arguments, folder), vllm_sampling_params=sampling, use_vllm=True),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            reward_funcs=[alternating],
+            callbacks=[StepRows(clock, lambda *values: say_step(arguments, *values))],
+        )
+        say_start(started)
+        trainer.train()
+
+
+def facts() -> dict[str, Any]:
+    """The CUDA device, or the processor where there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return device_facts()
+    return {"device": f"CPU {platform.machine()}", "driver": None, "total_gib": None, "cores": os.cpu_count()}
+
+
+if __name__ == "__main__":
+    main()
