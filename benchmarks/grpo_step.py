@@ -195,13 +195,17 @@ def work(system: str, arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     try:
         {"tandem": tandem, "trl": trl, "unsloth": unsloth}[system.partition("-")[0]](system, arguments, started)
-    except Exception as error:  # whatever it was belongs into the result
-        traceback.print_exc()
-        frames = [
-            f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)[-4:]
-        ]
-        say("ERROR", f"{type(error).__name__}: {str(error)[:1500]} (in {', '.join(frames)})")
-        raise SystemExit(1) from error
+    except Exception as error:  # noqa: BLE001  # whatever it was belongs into the result
+        report_error(error)
+
+
+def report_error(error: Exception) -> None:
+    """Hand an error over with the last places it came through, and end the process."""
+    traceback.print_exception(error)
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
+    say("ERROR", f"{type(error).__name__}: {str(error)[:1500]} (in {where})")
+    raise SystemExit(1) from error
 
 
 def say(kind: str, value: Any) -> None:

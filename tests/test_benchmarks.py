@@ -30,7 +30,7 @@ def module(name: str) -> ModuleType:
 
 
 update, plot_update, kernel_speed = module("update"), module("plot_update"), module("kernel_speed")
-grpo_step = module("grpo_step")
+grpo_step, learning_vs_trl = module("grpo_step"), module("learning_vs_trl")
 
 
 def row(system: str, length: int | None, **values: Any) -> dict[str, Any]:
@@ -420,6 +420,62 @@ def test_memory_cannot_be_held_back_without_a_device() -> None:
         pytest.skip("there is a device")
     with pytest.raises(RuntimeError, match="cannot be held back"):
         module("device_watch").DeviceWatch(1.0)
+
+
+# --- learning beside TRL ----------------------------------------------------------------------------------------------
+
+
+def test_both_learn_the_same_task(tmp_path: Path) -> None:
+    from tiny_run import write_place
+
+    config = write_place(tmp_path)
+    learning_vs_trl.main(
+        ["--model", str(tmp_path / "model"), "--config", str(config), "--seeds", "0", "--steps", "4", "--eval-steps",
+         "2", "--target", "0.1", "--out", str(tmp_path), "--set", "train.steps_per_generation=1", "algorithm.beta=0",
+         "eval.temperature=0"]
+    )  # fmt: skip
+    (path,) = tmp_path.glob("learning-vs-trl-cpu-*.json")
+    assert is_png(path.with_suffix(".png"))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    tandem, trl = content["rows"]
+    assert (tandem["system"], trl["system"], tandem["error"], trl["error"]) == ("tandem", "trl", None, None)
+    for one in (tandem, trl):
+        assert [(p["step"], p["samples"]) for p in one["curve"]] == [(1, 16), (2, 32), (3, 48), (4, 64)]
+        assert [p["step"] for p in one["scores"]] == [0, 2, 4]
+        assert one["curve"][-1]["seconds"] == one["seconds"] > 0
+        assert one["reached"]["samples"] >= 48
+        assert one["wall_seconds"] > one["seconds"]
+    # The same model, prompts and greedy completions before the first step.
+    assert tandem["score_before"] == trl["score_before"]
+    assert [one["system"] for one in content["summary"]] == ["tandem", "trl"]
+
+
+def test_time_to_a_reward_is_that_of_three_steps_together() -> None:
+    rewards = [0.0, 2.0, 0.4, 0.6, 1.1]
+    curve = [{"step": i, "samples": 8 * i, "seconds": i / 2, "reward": r} for i, r in enumerate(rewards, start=1)]
+    assert learning_vs_trl.reached(curve, 0.75) == {"step": 3, "samples": 24, "seconds": 1.5}
+    assert learning_vs_trl.reached(curve, 0.9) == {"step": 4, "samples": 32, "seconds": 2.0}
+    assert learning_vs_trl.reached(curve, 1.2) is None
+    assert learning_vs_trl.reached(curve[:2], 0.0) is None
+
+
+def test_the_mean_over_seeds_leaves_failures_out() -> None:
+    known = learning_vs_trl.parse(["--model", "m", "--target", "0.5"])
+    steps = [{"step": 0, "samples": 0, "score": 0.1}]
+    steps += [{"step": i, "samples": i, "seconds": 1.0, "parts": {"generate": 0.5}, "reward": 0.5} for i in (1, 2, 3)]
+    good = learning_vs_trl.make_row(known, "trl", 0, "vllm", [*steps, {"step": 3, "samples": 3, "score": 0.7}])
+    assert (good["score_before"], good["score_after"], good["seconds"], good["parts"]) == (
+        0.1,
+        0.7,
+        3.0,
+        {"generate": 1.5},
+    )
+    other = learning_vs_trl.make_row(known, "trl", 1, "vllm", steps[:3])
+    failed = learning_vs_trl.make_row(known, "trl", 2, "vllm", [], error="it broke")
+    (line,) = learning_vs_trl.summary([good, failed])
+    assert (line["seeds"], line["seconds_to_target"], line["error"]) == ([0], 3.0, "it broke")
+    (line,) = learning_vs_trl.summary([good, other])
+    assert (line["seconds"], line["seconds_to_target"]) == (2.5, None)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
