@@ -24,6 +24,7 @@ from tandem.rl.journal import sync, write_whole
 from tandem.rl.lora import load_adapter, save_adapter, trainable
 from tandem.rl.model import LanguageModel
 from tandem.rl.optim import optimizer_tensors, restore_optimizer
+from tandem.rl.watch_memory import WatchMemory
 
 _NAME = re.compile(r"step_(\d+)$")
 _MANIFEST = "files.json"
@@ -44,6 +45,7 @@ class State:
         seconds: time spent in finished steps.
         scores: held-out score by step.
         evaluating: the evaluation that is due after `step` has not come to its end.
+        watch: what reward watch remembers.
     """
 
     warmup_step: int = 0
@@ -57,6 +59,7 @@ class State:
     seconds: float = 0.0
     scores: dict[int, float] = field(default_factory=dict)
     evaluating: bool = False
+    watch: WatchMemory = field(default_factory=WatchMemory)
 
 
 def save_checkpoint(
@@ -224,6 +227,7 @@ def read_state(checkpoint: Path) -> State:
     try:
         raw = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         raw["scores"] = {int(step): float(score) for step, score in raw["scores"].items()}
+        raw["watch"] = WatchMemory.of(raw.get("watch", {}))
         return State(**raw)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from tandem.rl.environment_config import EnvironmentConfig
-from tandem.rl.reward_config import RewardsConfig, RewardSpec
+from tandem.rl.reward_config import RewardsConfig, RewardSpec, WatchSpec
 from tandem.rl.sections import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -29,6 +29,7 @@ from tandem.rl.sections import (
     TrainConfig,
     WarmupConfig,
 )
+from tandem.rl.watch_config import WatchConfig
 
 __all__ = [
     "AlgorithmConfig",
@@ -49,6 +50,8 @@ __all__ = [
     "Section",
     "TrainConfig",
     "WarmupConfig",
+    "WatchConfig",
+    "WatchSpec",
 ]
 
 
@@ -73,6 +76,7 @@ class Config(Section):
     optim: OptimConfig = Field(default_factory=OptimConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     parity: ParityConfig = Field(default_factory=ParityConfig)
+    watch: WatchConfig = Field(default_factory=WatchConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     warmup: WarmupConfig = Field(default_factory=WarmupConfig)
@@ -148,6 +152,9 @@ class Config(Section):
             raise ValueError(f"two reward functions are named {twice[0]!r}: give one of them a `name`")
         if self.eval.score is not None and self.eval.score not in names:
             raise ValueError(f"eval.score is {self.eval.score!r}, but the rewards are named {', '.join(names)}")
+        for key in ("format_rewards", "answer_rewards"):
+            if wrong := [name for name in getattr(self.watch, key) or [] if name not in every]:
+                raise ValueError(f"watch.{key} names {wrong[0]!r}, but the rewards are named {', '.join(every)}")
         if self.environment.factory is None and any(s.function == "environment" for s in self.rewards.reward_funcs):
             raise ValueError("the reward 'environment' is the environment's own, and environment.factory is missing")
         limit = self.model.max_length

@@ -171,7 +171,7 @@ def rollout_metrics(rows: Sequence[Scored]) -> dict[str, float]:
     """
     if not rows:
         raise ValueError("rollout_metrics needs at least one completion")
-    totals = [_total(row) for row in rows]
+    totals = [applicable_total(row) for row in rows]
     metrics = {
         "reward": _nan_mean(totals),
         "reward_std": _nan_std(totals),
@@ -193,7 +193,8 @@ def reward_names(rows: Iterable[Scored]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.rewards))
 
 
-def _total(row: Scored) -> float:
+def applicable_total(row: Scored) -> float:
+    """The total of a row; nan where no reward applies to it."""
     applicable = not row.rewards or any(value is not None for value in row.rewards.values())
     return row.reward if applicable else math.nan
 

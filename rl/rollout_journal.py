@@ -31,7 +31,7 @@ _CHECKSUM = b', "sha256": "'
 _TAIL = len(_CHECKSUM) + 64 + len(b'"}\n')
 
 # Settings that change neither what is generated nor what is learned from it.
-_IRRELEVANT = {"run_name", "output_dir", "log", "checkpoint", "eval"}
+_IRRELEVANT = {"run_name", "output_dir", "log", "checkpoint", "eval", "watch"}
 
 
 @dataclass(frozen=True)

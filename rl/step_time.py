@@ -19,6 +19,7 @@ PARTS = (
     "backward",
     "optimizer",
     "adapter",
+    "watch",
     "log",
     "evaluate",
     "checkpoint",

@@ -24,6 +24,7 @@ from tandem.rl.errors import UserError
 from tandem.rl.journal import prompt_text, write_whole
 from tandem.rl.metrics import reward_names
 from tandem.rl.samples import Scored
+from tandem.rl.watch_alerts import Alert
 
 Warn = Callable[[str], None]
 
@@ -73,6 +74,14 @@ class Trackers:
         if self._wandb is not None:
             self._wandb.log({name: float(value) for name, value in metrics.items()}, step)
 
+    def alert(self, step: int, alert: Alert) -> None:
+        """Record an alert of reward watch as a line of its own, `event: alert`, and send it to the tracker."""
+        record = {"step": int(step), "event": "alert"} | _json_value(alert.record())
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.alert(f"{self._run_dir.name}: {alert.key}", f"step {step}: {alert.text()}")
+
     def completions(self, step: int, rows: Sequence[Scored]) -> None:
         """Send a table of completions: step, prompt, completion, a column per reward, reward, advantage."""
         if self._wandb is not None and rows:
@@ -113,6 +122,8 @@ class NoTrackers(Trackers):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
+    def alert(self, step: int, alert: Alert) -> None: ...
+
     def completions(self, step: int, rows: Sequence[Scored]) -> None: ...
 
     def summary(self, values: Mapping[str, Any]) -> None: ...
@@ -142,6 +153,9 @@ class _Wandb:
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._put(lambda: self._run.log(metrics, step=step))
+
+    def alert(self, title: str, text: str) -> None:
+        self._put(lambda: self._run.alert(title=title, text=text, level="WARN"))
 
     def table(self, step: int, columns: list[str], data: list[list[Any]]) -> None:
         def send() -> None:

@@ -41,6 +41,7 @@ from tandem.rl.preference_step import (
 )
 from tandem.rl.prompts import PromptSampler
 from tandem.rl.reference_cache import cached_log_probs
+from tandem.rl.reward_watch import RewardWatch
 from tandem.rl.rollout_journal import RolloutJournal
 from tandem.rl.rollout_source import RolloutSource
 from tandem.rl.run_length import total_steps
@@ -111,6 +112,7 @@ class Trainer:
             journal=journal,
             warn=console.warn,
         )
+        self._watch = RewardWatch(config)
         self._parity = ParityGate(lm, config, self._head, engine=engine.name)
         self.total_steps = total_steps(config, data.num_rows)
         judge.max_steps = self.total_steps
@@ -205,7 +207,7 @@ class Trainer:
             batch = batch.subset(signal_indices(rows, config))
         for part in self._updates(batch):
             measured |= self._policy_update(part, meter, rows)
-        self._finish_rollout(rows)
+        measured |= self._finish_rollout(rows)
         return measured | self._merged(meter)
 
     def _online_iteration(self) -> dict[str, float]:
@@ -218,11 +220,11 @@ class Trainer:
             if answers.sequences and needs_reference(self._config.preference.loss_type):
                 answers.ref_log_probs = self._reference(answers.sequences)
         self._preference_update(answers, meter)
-        self._finish_rollout(with_advantages(rows, self._config))
+        measured |= self._finish_rollout(with_advantages(rows, self._config))
         return measured | with_margins(self._merged(meter))
 
-    def _finish_rollout(self, rows: list[Scored]) -> None:
-        """Hand the new adapter to the engine and keep the completions that it was learned from."""
+    def _finish_rollout(self, rows: list[Scored]) -> dict[str, float]:
+        """Hand the new adapter to the engine, look at the completions that it was learned from, and keep them."""
         config, state = self._config, self._state
         with self._clock.part("adapter", device=True):
             self._engine.load_adapter(state.step)
@@ -232,6 +234,17 @@ class Trainer:
                 write_rollouts(self._run_dir, state.step, rows)
                 self._trackers.completions(state.step, rows)
             self._console.print_completions(rows, config.log.num_completions_to_print)
+        return self._watched(rows) if config.watch.enabled else {}
+
+    def _watched(self, rows: list[Scored]) -> dict[str, float]:
+        """What reward watch measures on a rollout; its alerts are recorded and said."""
+        step = self._state.step
+        with self._clock.part("watch"):
+            metrics, alerts = self._watch.take(rows, self._state.watch, step)
+        for alert in alerts:
+            self._trackers.alert(step, alert)
+            self._console.warn(f"step {step}: {alert.text()}")
+        return metrics
 
     def _updates(self, batch: PolicyBatch) -> Iterator[PolicyBatch]:
         """The optimiser batches of a rollout batch; the run's last one may hold more than there are steps left."""

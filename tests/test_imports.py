@@ -30,7 +30,17 @@ ALLOWED = {
     ),
     "rl": ("tandem.rl", "tandem.kernels"),
 }
-DRIVERS = {"trainer", "evaluate", "inputs", "cli", "commands", "open_model", "rewards_command", "rollout_source"}
+DRIVERS = {
+    "cli",
+    "commands",
+    "evaluate",
+    "inputs",
+    "open_model",
+    "reward_watch",
+    "rewards_command",
+    "rollout_source",
+    "trainer",
+}
 
 HEAVY = ("torch", "transformers", "vllm", "triton", "wandb", "bitsandbytes", "trl", "peft", "datasets", "matplotlib")
 LIGHT = {

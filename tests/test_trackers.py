@@ -24,6 +24,7 @@ from tandem.rl.journal import drop_after, read_rollouts, rollout_files, write_ro
 from tandem.rl.metrics import Meter, rollout_metrics
 from tandem.rl.samples import Completion, Prompt, Scored
 from tandem.rl.trackers import Trackers
+from tandem.rl.watch_alerts import Alert
 
 
 def make_config(**log: Any) -> Config:
@@ -239,6 +240,7 @@ class FakeRun:
         self.fault, self.hold = fault, hold
         self.logged: list[tuple[int, dict[str, Any]]] = []
         self.summary: dict[str, Any] = {}
+        self.alerts: list[dict[str, Any]] = []
         self.exit_code: int | None = None
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
@@ -247,6 +249,9 @@ class FakeRun:
         if self.fault is not None:
             raise self.fault
         self.logged.append((step, metrics))
+
+    def alert(self, **said: Any) -> None:
+        self.alerts.append(said)
 
     def finish(self, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -308,6 +313,33 @@ def test_wandb_gets_what_the_file_gets(tmp_path):
     assert init["dir"] == str(tmp_path.resolve())
     assert init["config"] == wandb_config().model_dump(mode="json")
     assert not said
+
+
+def test_an_alert_is_a_line_of_its_own_and_wandb_gets_it(tmp_path):
+    fake = FakeWandb()
+    alert = Alert("watched_falls", "judge", -math.inf, -0.25, "judge gets worse")
+    with Trackers(wandb_config(), tmp_path, wandb=fake, timeout=5) as trackers:
+        trackers.alert(3, alert)
+        trackers.log(3, {"reward": 1.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0] == {
+        "step": 3,
+        "event": "alert",
+        "name": "watched_falls",
+        "about": "judge",
+        "value": None,
+        "threshold": -0.25,
+        "message": "judge gets worse",
+        "fix": alert.fix,
+    }
+    assert lines[1] == {"step": 3, "reward": 1.0}
+    (sent,) = fake.run.alerts
+    assert sent["level"] == "WARN"
+    assert "watched_falls judge" in sent["title"]
+    assert "step 3" in sent["text"]
+    assert alert.fix in sent["text"]
+    Trackers(wandb_config("disabled"), tmp_path, resume_step=2).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""  # a step that is done again says it again
 
 
 def test_resume_continues_the_same_wandb_run(tmp_path):
