@@ -28,6 +28,10 @@ from tandem.rl.samples import Completion, Episode, Prompt
 _SHOWN_CHARACTERS = 300
 
 
+class WrongArguments(UserError):
+    """A function needs what no batch of this run has."""
+
+
 @dataclass(frozen=True)
 class TrainerState:
     """How far the run is, for rewards that change with it. Both count optimiser steps."""
@@ -55,7 +59,8 @@ class Call:
     """A reward function on a batch.
 
     Attributes:
-        values: what it said, one per row, once it has run.
+        values: what it said, one per row, once it has run; None where it does not apply and where it failed.
+        errors: rows on which it failed, and how.
         seconds: how long it took.
         extras: columns that it logged (`log_extra`), one value per row.
         metrics: scalars that it logged (`log_metric`), in order, and what its own `metrics()` says after the call, as
@@ -69,6 +74,7 @@ class Call:
     rows: list[Row]
     state: TrainerState
     values: list[float | None] = field(default_factory=list)
+    errors: dict[int, UserError] = field(default_factory=dict)
     seconds: float = 0.0
     extras: dict[str, list[Any]] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)
@@ -78,7 +84,7 @@ class Call:
     _given: dict[str, Any] = field(default_factory=dict)
 
     def run(self, timeout: float) -> None:
-        """Run a synchronous function. Raises UserError for every fault of it."""
+        """Run a synchronous function. Raises UserError for every fault of it but single wrong values."""
         self.timeout = timeout
         arguments = self.arguments()
         start = time.perf_counter()
@@ -102,7 +108,7 @@ class Call:
         return coroutine
 
     def finish(self, outcome: Outcome, timeout: float) -> None:
-        """Take over the result of an async function. Raises UserError for every fault of it."""
+        """Take over the result of an async function. Raises UserError for every fault of it but single wrong values."""
         self.seconds += outcome.seconds
         if isinstance(outcome.error, KeyboardInterrupt):
             raise outcome.error
@@ -123,7 +129,7 @@ class Call:
         They are the call's own copies, see `own_copy`; environments alone are the ones that played.
 
         Raises:
-            UserError: the function needs an argument that is neither a column nor in its kwargs.
+            WrongArguments: the function needs an argument that is neither a column nor in its kwargs.
         """
         taken = self.reward.parameters()
         wanted = None if taken is None else set(taken)
@@ -190,7 +196,7 @@ class Call:
             return
         columns = self.columns()
         fix = f"rename a column, or give {missing[0]!r} in the reward's kwargs"
-        raise UserError(
+        raise WrongArguments(
             f"reward {self.reward.name!r} needs an argument {missing[0]!r}, and there is no such column"
             f"{nearest(missing[0], columns)}",
             reason=f"the data set's columns are {', '.join(columns)}"
@@ -257,12 +263,16 @@ class Call:
             )
         return [None if value is None else self._checked_value(i, value) for i, value in enumerate(result)]
 
-    def _checked_value(self, index: int, value: Any) -> float:
+    def _checked_value(self, index: int, value: Any) -> float | None:
         number = _number(value)
         if number is not None and math.isfinite(number):
             return number
+        self.errors[index] = self._wrong_value(index, value, number)
+        return None
+
+    def _wrong_value(self, index: int, value: Any, number: float | None) -> UserError:
         shown = f"{_shorten(value)} ({type(value).__name__})" if number is None else f"{number}"
-        raise UserError(
+        return UserError(
             f"reward {self.reward.name!r} returned {shown} for row {index}\n{self.rows[index].describe()}",
             reason="a value must be a number"
             if number is None

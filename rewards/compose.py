@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any, Literal
 
 from tandem.rewards.base import Reward
-from tandem.rewards.call import Call, Row, TrainerState
+from tandem.rewards.call import Call, Row, TrainerState, WrongArguments
+from tandem.rewards.faults import OnError, blame
 from tandem.rewards.print_limit import limited_prints
 from tandem.rewards.time_limit import run_all_within
 from tandem.rl.errors import UserError
@@ -49,6 +50,7 @@ def score(
     global_step: int = 0,
     max_steps: int = 0,
     on_missing: OnMissing = "stop",
+    on_error: OnError = "stop",
 ) -> Scores:
     """Call every reward on the whole batch and add them up.
 
@@ -65,10 +67,13 @@ def score(
         on_missing: what becomes of a row to which no reward applies. stop: an error; group_mean: its total is the mean
             of its group's other totals (0 if there are none), so that its advantage is zero and the others' baseline
             stays; `rewards/missing` counts such rows, and it is still an error if the batch has no other.
+        on_error: what becomes of rows on which a function failed: it raised, took too long, or returned something that
+            is not one finite number or None per completion. stop: an error; zero: its value is 0 there; skip_group: it
+            is None there, and the rows of that group are marked as skipped. `rewards/errors/NAME` counts the rows.
 
     Raises:
-        UserError: a function raised, took too long, returned something that is not one finite number or None per
-            completion, or no function applies to a row (see on_missing).
+        UserError: a function failed (see on_error), or no function applies to a row (see on_missing).
+        WrongArguments: a function needs an argument that there is not, whatever `on_error` says.
     """
     _check_rewards(rewards)
     rows = [
@@ -78,14 +83,27 @@ def score(
     ]
     if not rows:
         return Scores()
-    calls = call_all(rewards, rows, TrainerState(global_step, max_steps), timeout)
-    totals = _totals(rows, calls, on_missing)
+    calls = call_all(rewards, rows, TrainerState(global_step, max_steps), timeout, on_error=on_error)
+    failed = {i for call in calls for i in call.errors}
+    totals = _totals(rows, calls, on_missing, failed if on_error == "skip_group" else set())
+    skipped = {rows[i].group for i in failed} if on_error == "skip_group" else set()
     metrics = _metrics(calls)
     if on_missing == "group_mean":
-        metrics["rewards/missing"] = float(sum(total is None for total in totals))
+        metrics["rewards/missing"] = float(sum(t is None and i not in failed for i, t in enumerate(totals)))
+    if on_error != "stop":
+        metrics |= {f"rewards/errors/{call.reward.name}": float(len(call.errors)) for call in calls}
     return Scores(
         rows=[
-            Scored(row.prompt, row.completion, row.group, row.text, _values(calls, i), total)
+            Scored(
+                row.prompt,
+                row.completion,
+                row.group,
+                row.text,
+                _values(calls, i),
+                total,
+                errors={call.reward.name: call.errors[i].short() for call in calls if i in call.errors},
+                skipped=row.group in skipped,
+            )
             for i, (row, total) in enumerate(zip(rows, _filled(rows, totals), strict=True))
         ],
         metrics=metrics,
@@ -102,6 +120,9 @@ def call_all(
     timeout: float,
     faults: dict[str, UserError] | None = None,
     known: dict[str, list[float | None]] | None = None,
+    *,
+    on_error: OnError = "stop",
+    find_rows: bool = True,
 ) -> list[Call]:
     """Every reward on the rows; the calls in the order of the rewards, with their values.
 
@@ -109,9 +130,12 @@ def call_all(
         faults: where given, a reward's fault is kept here by its name instead of being raised; it has no values then,
             and what combines it is not called on them.
         known: values of other rewards by their name, for functions that combine.
+        on_error: what becomes of rows on which a reward failed, see `score`; without `faults`.
+        find_rows: where a whole call fails, look for the rows that are to blame, see `blame`.
 
     Raises:
-        UserError: a fault of a reward, where `faults` is None.
+        UserError: a fault of a reward, where `faults` is None and `on_error` is stop.
+        WrongArguments: see `score`; where `faults` is None.
     """
     calls = [Call(reward, rows, state, timeout=timeout) for reward in rewards]
 
@@ -119,9 +143,19 @@ def call_all(
         try:
             work()
         except UserError as error:
-            if faults is None:
+            call.errors = {0: error}
+            if find_rows and not isinstance(error, WrongArguments):
+                blame(call, error, on_error=on_error)
+            elif on_error != "stop":
                 raise
-            faults[call.reward.name] = error
+        if not call.errors:
+            return
+        if faults is not None:
+            faults[call.reward.name], call.values = call.errors[min(call.errors)], []
+        elif on_error == "stop":
+            raise call.errors[min(call.errors)]
+        elif on_error == "zero":
+            call.values = [0.0 if i in call.errors else value for i, value in enumerate(call.values)]
 
     plain = [call for call in calls if not call.reward.combines]
     for call in plain:
@@ -151,14 +185,14 @@ def _values(calls: list[Call], index: int) -> dict[str, float | None]:
     return {call.reward.name: call.values[index] for call in calls}
 
 
-def _totals(rows: list[Row], calls: list[Call], on_missing: OnMissing) -> list[float | None]:
-    """The weighted sum of each row, None where no reward applies to it."""
+def _totals(rows: list[Row], calls: list[Call], on_missing: OnMissing, failed: set[int]) -> list[float | None]:
+    """The weighted sum of each row, None where no reward applies to it and for the `failed` ones."""
     counted = [call for call in calls if call.reward.weight] or calls
     totals: list[float | None] = []
     for index, row in enumerate(rows):
         parts = [call.reward.weight * v for call in counted if (v := call.values[index]) is not None]
-        total = sum(parts) if parts else None
-        if total is None and on_missing == "stop":
+        total = sum(parts) if parts and index not in failed else None
+        if total is None and index not in failed and on_missing == "stop":
             raise _no_reward(index, row, counted)
         if total is not None and not math.isfinite(total):
             raise UserError(
@@ -167,7 +201,7 @@ def _totals(rows: list[Row], calls: list[Call], on_missing: OnMissing) -> list[f
                 fix="scale the rewards or their weights",
             )
         totals.append(total)
-    if all(total is None for total in totals):
+    if not failed and all(total is None for total in totals):
         raise _no_reward(0, rows[0], counted)
     return totals
 

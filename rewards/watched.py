@@ -48,7 +48,7 @@ def score_watched(
     trained = {name: [row.rewards.get(name) for row in rows] for name in rows[0].rewards}
     plain = [Row(row.prompt, row.completion, row.group, row.text) for row in rows]
     state = TrainerState(global_step, max_steps)
-    for call in call_all(rewards, plain, state, timeout, found.faults, known=trained):
+    for call in call_all(rewards, plain, state, timeout, found.faults, known=trained, find_rows=False):
         name = call.reward.name
         failed = name in found.faults
         for row, value in zip(rows, [None] * len(rows) if failed else call.values, strict=True):

@@ -41,6 +41,7 @@ class State:
         num_tokens: prompt and completion tokens trained on so far.
         skipped_updates: updates left out because the gradient was not finite. skipped_in_a_row: the latest of them,
             with no good one since.
+        failed_rollouts: the latest rollouts in a row on all of whose completions a reward failed.
         journal_rollouts: rollouts that were learned from. journal_bytes: where they end in the journal.
         seconds: time spent in finished steps.
         scores: held-out score by step.
@@ -54,6 +55,7 @@ class State:
     num_tokens: int = 0
     skipped_updates: int = 0
     skipped_in_a_row: int = 0
+    failed_rollouts: int = 0
     journal_rollouts: int = 0
     journal_bytes: int = 0
     seconds: float = 0.0

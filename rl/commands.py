@@ -28,6 +28,7 @@ from tandem.rl.optim import make_optimizer
 from tandem.rl.parity import check_engine
 from tandem.rl.replay import fill, replay_config, survey
 from tandem.rl.report import write_report
+from tandem.rl.reward_errors import errors_in_words
 from tandem.rl.rewards_command import show_protections
 from tandem.rl.rollout_journal import Mark, RolloutJournal, source_of
 from tandem.rl.run_length import total_steps
@@ -185,6 +186,8 @@ def check(config: Config, *, num_prompts: int, console: Console) -> None:
     generated = time.perf_counter() - started
     scores = inputs.judge(groups, 0)
     rows = with_advantages(scores.rows, config)
+    if said := errors_in_words(rows, "these completions"):
+        console.warn(said)
     console.print_completions(rows, len(rows))
     tokens = sum(len(c.ids) for g in groups for c in g.completions)
     numbers, parity = check_engine(lm, config, policy_batch(rows, mask_truncated=False), engine=engine.name)

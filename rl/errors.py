@@ -18,6 +18,11 @@ class _Explained(Exception):
             "\n".join(part for part in (problem, reason and f"Why: {reason}", fix and f"Fix: {fix}") if part)
         )
 
+    def short(self) -> str:
+        """The problem in one line, for lists and tables."""
+        line = self.problem.partition("\n")[0]
+        return line if len(line) <= 200 else line[:200] + " …"
+
 
 class UserError(_Explained):
     """A mistake in a config, a data set, a reward or a command line. The CLI prints it and exits with code 2."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.rewards.base import Reward
 from tandem.rewards.compose import OnMissing, Scores, score
+from tandem.rewards.faults import OnError
 from tandem.rewards.watched import Watched, score_watched
 from tandem.rl.chat import completion_text
 from tandem.rl.config import Config
+from tandem.rl.errors import UserError
 from tandem.rl.metrics import rollout_metrics
+from tandem.rl.reward_errors import errors_in_words
 from tandem.rl.samples import Group, Prompt, Sampling, Scored
 from tandem.rollout.engine import RolloutEngine
 
@@ -28,6 +32,7 @@ class Judge:
         tokenizer: decodes completions.
         timeout: seconds per call of one function. max_steps: steps of the whole run, for `trainer_state`.
         on_missing: what becomes of a completion to which no reward applies; see `compose.score`.
+        on_error: what becomes of completions on which a reward failed; likewise.
         watched: functions whose values are only watched.
         warn: told what the user should know of the rewards.
     """
@@ -37,6 +42,7 @@ class Judge:
     timeout: float
     max_steps: int = 0
     on_missing: OnMissing = "stop"
+    on_error: OnError = "stop"
     watched: list[Reward] = field(default_factory=list)
     warn: Callable[[str], None] | None = None
 
@@ -49,6 +55,7 @@ class Judge:
             global_step=step,
             max_steps=self.max_steps,
             on_missing=self.on_missing,
+            on_error=self.on_error,
         )
         for text in scores.notices if self.warn else []:
             self.warn(text)
@@ -88,9 +95,18 @@ def evaluate(
     engine: RolloutEngine, prompts: list[Prompt], judge: Judge, sampling: Sampling, step: int, score_name: str | None
 ) -> tuple[dict[str, float], list[Scored]]:
     """Metrics under `eval/` and the scored completions. `eval/score` is the mean of the reward `score_name`, or of
-    the weighted total."""
+    the weighted total, over the completions that have one.
+
+    Raises:
+        UserError: a reward failed, where that ends the run, or failed on every completion.
+    """
     rows = judge(engine.generate(prompts, sampling), step).rows
     watched = judge.watch(rows, step)
     metrics = {f"eval/{name}": value for name, value in (watched.metrics | rollout_metrics(rows)).items()}
     metrics["eval/score"] = metrics[f"eval/rewards/{score_name}/mean"] if score_name else metrics["eval/reward"]
+    if said := errors_in_words(rows, f"evaluation after {step} steps"):
+        if math.isnan(metrics["eval/score"]):
+            raise UserError(said, reason="no completion has a score", fix="correct the reward")
+        if judge.warn:
+            judge.warn(said)
     return metrics, rows

@@ -23,33 +23,38 @@ def in_order(parts: list[list[Scored]], num_generations: int) -> list[Scored]:
 
 
 def with_advantages(rows: list[Scored], config: Config, penalties: list[float] | None = None) -> list[Scored]:
-    """Fill in the advantages of a scored batch whose groups stand one after the other.
+    """Fill in the advantages of a scored batch whose groups stand one after the other; 0 in groups that are skipped.
 
     Args:
         penalties: subtracted from each row's reward first (KL in the reward).
     """
     shape = (-1, config.rollout.num_generations)
-    rewards = np.array([row.reward for row in rows], dtype=np.float64)
+    kept = [row for row in rows if not row.skipped]
+    if not kept:
+        return rows
+    rewards = np.array([row.reward for row in kept], dtype=np.float64)
     if penalties is not None:
-        rewards -= np.array(penalties)
+        rewards -= np.array([penalty for penalty, row in zip(penalties, rows, strict=True) if not row.skipped])
     names = config.reward_names()
-    values = [[np.nan if (v := row.rewards.get(n)) is None else v for n in names] for row in rows]
+    values = [[np.nan if (v := row.rewards.get(n)) is None else v for n in names] for row in kept]
     result = advantages(
         rewards.reshape(shape),
         config.algorithm,
         components=np.array(values, dtype=np.float64).reshape(*shape, len(names)),
         weights=np.array([spec.weight for spec in config.rewards.reward_funcs]),
     )
-    for row, advantage in zip(rows, result.reshape(-1), strict=True):
+    for row, advantage in zip(kept, result.reshape(-1), strict=True):
         row.advantage = float(advantage)
     return rows
 
 
-def signal_indices(rows: list[Scored], config: Config) -> list[int]:
-    """Rows of groups in which rewards differ."""
+def learned_from(rows: list[Scored], config: Config) -> list[int]:
+    """Rows whose group takes part in the batch: not where a reward failed that leaves its group out, nor, where the
+    config says so, where no rewards differ."""
     size = config.rollout.num_generations
     uniform = uniform_groups(np.array([row.reward for row in rows]).reshape(-1, size))
-    return [i for i in range(len(rows)) if not uniform[i // size]]
+    left_out = uniform & config.algorithm.drop_uniform_groups
+    return [i for i, row in enumerate(rows) if not row.skipped and not left_out[i // size]]
 
 
 def kl_penalties(batch: PolicyBatch, algorithm: AlgorithmConfig) -> list[float] | None:
@@ -75,10 +80,13 @@ def policy_batch(rows: list[Scored], *, mask_truncated: bool) -> PolicyBatch:
 
 
 def best_and_worst(rows: list[Scored], num_generations: int) -> Answers:
-    """A pair from every group whose rewards differ: its best completion against its worst, the first of equals."""
+    """A pair from every group whose rewards differ, but for skipped ones: its best completion against its worst, the
+    first of equals."""
     sequences: list[Sequence] = []
     for start in range(0, len(rows), num_generations):
         group = rows[start : start + num_generations]
+        if group[0].skipped:
+            continue
         best, worst = max(group, key=lambda r: r.reward), min(group, key=lambda r: r.reward)
         if best.reward > worst.reward:
             for row in (best, worst):

@@ -85,6 +85,7 @@ def prepare(config: Config, console: Console) -> Inputs:
         tokenizer,
         config.rewards.timeout,
         on_missing=config.rewards.on_missing,
+        on_error=config.rewards.on_error,
         watched=watched,
         warn=console.warn,
     )

@@ -113,6 +113,10 @@ def _record(step: int, row: Scored) -> dict[str, Any]:
         "reward": _finite(row.reward),
         "advantage": _finite(row.advantage),
     }
+    if row.errors:
+        record["errors"] = "\n".join(f"{name}: {text}" for name, text in row.errors.items())
+    if row.skipped:
+        record["skipped"] = True
     if row.watched:
         record["watched"] = {name: _finite(value) for name, value in row.watched.items()}
     return _map_strings(record, escaped)

@@ -161,10 +161,10 @@ def _dot(values: Iterable[float], weights: Iterable[float]) -> float:
 def rollout_metrics(rows: Sequence[Scored]) -> dict[str, float]:
     """Rewards and lengths of one scored batch, by TRL's names and definitions, and what is only watched.
 
-    A row to which no reward applies counts in the lengths and in no reward statistic. Standard deviations are sample
-    deviations (n - 1) and nan for fewer than two values. `reward_std` is taken over the whole batch, as TRL logs it;
-    `frac_reward_zero_std` is the share of completions whose group's rewards are all equal, thus without advantage
-    (a group of one completion counts as such).
+    A row to which no reward applies, or whose group is skipped because one failed there, counts in the lengths and in
+    no statistic of the total. Standard deviations are sample deviations (n - 1) and nan for fewer than two values.
+    `reward_std` is taken over the whole batch, as TRL logs it; `frac_reward_zero_std` is the share of completions whose
+    group's rewards are all equal, thus without advantage (a group of one completion counts as such).
 
     Raises:
         ValueError: no rows.
@@ -181,6 +181,10 @@ def rollout_metrics(rows: Sequence[Scored]) -> dict[str, float]:
         values = [_or_nan(row.rewards.get(name)) for row in rows]
         metrics[f"rewards/{name}/mean"] = _nan_mean(values)
         metrics[f"rewards/{name}/std"] = _nan_std(values)
+    for name in dict.fromkeys(name for row in rows for name in row.errors):
+        metrics[f"rewards/errors/{name}"] = float(sum(name in row.errors for row in rows))
+    if skipped := {row.group for row in rows if row.skipped}:
+        metrics["rewards/skipped_groups"] = float(len(skipped))
     for name in dict.fromkeys(name for row in rows for name in row.watched):
         values = [_or_nan(row.watched.get(name)) for row in rows]
         metrics[f"watch/rewards/{name}/mean"] = _nan_mean(values)
@@ -194,8 +198,8 @@ def reward_names(rows: Iterable[Scored]) -> list[str]:
 
 
 def applicable_total(row: Scored) -> float:
-    """The total of a row; nan where no reward applies to it."""
-    applicable = not row.rewards or any(value is not None for value in row.rewards.values())
+    """The total of a row; nan where no reward applies to it, or its group is skipped."""
+    applicable = not row.skipped and (not row.rewards or any(value is not None for value in row.rewards.values()))
     return row.reward if applicable else math.nan
 
 

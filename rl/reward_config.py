@@ -52,6 +52,11 @@ class RewardsConfig(Section):
     """A completion to which no reward applies (a judge's answer that cannot be read). group_mean: it gets its group's
     mean, so that nothing is learned from it, and `rewards/missing` counts it; stop: the run ends. A batch without any
     reward ends the run in both cases."""
+    on_error: Literal["stop", "skip_group", "zero"] = "stop"
+    """A completion on which a reward fails: it raises, takes longer than `timeout`, or returns something wrong. stop:
+    the run ends, and `rl-train resume` goes on with the same completions once the reward is corrected; skip_group: its
+    group is left out of the batch; zero: this reward's value is 0 there. `rewards/errors/NAME` counts them; a reward
+    that fails on all of them in optim.max_skipped_updates rollouts in a row ends the run."""
 
     @field_validator("reward_funcs", "watch_funcs", mode="before")
     @classmethod

@@ -44,6 +44,8 @@ _JOURNAL = (
     "rewards",
     "reward",
     "advantage",
+    "errors",
+    "skipped",
     "watched",
 )
 

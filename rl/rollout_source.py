@@ -12,6 +12,7 @@ from tandem.rl.evaluate import Judge, training_sampling
 from tandem.rl.experience import in_order
 from tandem.rl.metrics import Meter, rollout_metrics
 from tandem.rl.prompts import PromptSampler
+from tandem.rl.reward_errors import errors_in_words, failed_everywhere
 from tandem.rl.rollout_journal import RolloutJournal
 from tandem.rl.samples import Prompt, Scored
 from tandem.rl.step_time import StepClock
@@ -23,7 +24,8 @@ class RolloutSource:
 
     Args:
         journal: of the process that writes files; None in the others, and where no journal is kept.
-        warn: told when a function fails that is only watched, once for each.
+        warn: told when rewards fail and the run goes on, once per rollout, and when a function fails that is only
+            watched, once for each.
     """
 
     def __init__(
@@ -43,17 +45,23 @@ class RolloutSource:
         self._engine, self._judge, self._stop_token_ids = engine, judge, stop_token_ids
         self._clock, self._journal, self._warn = clock, journal, warn
         self._failed: set[str] = set()
+        self._failed_before = 0
 
     def next(self, state: State) -> tuple[list[Scored], dict[str, float]]:
         """The rollout that comes next, and what there is to say of it; the state moves on behind it."""
         rows, logged = self._journalled(state) or self._generated(state)
         state.position += self._config.prompts_per_rollout
         self._keep_place(state)
+        if said := errors_in_words(rows, f"rollout after {state.step} steps"):
+            self._warn(said)
+        self._failed_before = state.failed_rollouts
+        state.failed_rollouts = state.failed_rollouts + 1 if failed_everywhere(rows) else 0
         return rows, logged | rollout_metrics(rows)
 
     def forget(self, state: State) -> None:
         """Go back before the newest rollout, and leave it out of the journal: it must not be learned from."""
         state.position -= self._config.prompts_per_rollout
+        state.failed_rollouts = self._failed_before
         if self._journal is not None:
             self._journal.cut(self._journal.before)
         self._keep_place(state)

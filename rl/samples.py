@@ -146,6 +146,8 @@ class Scored:
         reward: the weighted total.
         advantage: filled in once the whole batch is scored.
         watched: values of the functions that are only watched, as `rewards`; they are no part of the total.
+        errors: rewards that failed on this row, and how, in a line.
+        skipped: a reward failed somewhere in its group, which is therefore not learned from.
     """
 
     prompt: Prompt
@@ -156,6 +158,8 @@ class Scored:
     reward: float
     advantage: float = 0.0
     watched: dict[str, float | None] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    skipped: bool = False
 
 
 @dataclass

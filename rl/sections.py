@@ -315,7 +315,8 @@ class OptimConfig(Section):
     adam_epsilon: Annotated[Number, Field(gt=0)] = 1e-8
     """Denominator term."""
     max_skipped_updates: Positive = 10
-    """An update whose gradient is not finite is left out; after so many in a row the run stops and says why."""
+    """An update whose gradient is not finite is left out; after so many in a row the run stops and says why. So it does
+    after so many rollouts on which a reward has failed throughout (rewards.on_error)."""
 
 
 class EvalConfig(Section):

@@ -22,7 +22,7 @@ from tandem.rl.console import Console
 from tandem.rl.divergence import divergence_error
 from tandem.rl.errors import RunStopped
 from tandem.rl.evaluate import Judge, eval_sampling, evaluate
-from tandem.rl.experience import best_and_worst, kl_penalties, policy_batch, signal_indices, with_advantages
+from tandem.rl.experience import best_and_worst, kl_penalties, learned_from, policy_batch, with_advantages
 from tandem.rl.journal import write_rollouts
 from tandem.rl.lora import trainable
 from tandem.rl.metrics import Meter
@@ -41,6 +41,7 @@ from tandem.rl.preference_step import (
 )
 from tandem.rl.prompts import PromptSampler
 from tandem.rl.reference_cache import cached_log_probs
+from tandem.rl.reward_errors import out_of_order
 from tandem.rl.reward_watch import RewardWatch
 from tandem.rl.rollout_journal import RolloutJournal
 from tandem.rl.rollout_source import RolloutSource
@@ -203,8 +204,7 @@ class Trainer:
         batch.advantages = [row.advantage for row in rows]
         if batch.old_log_probs is not None:
             measured |= self._compared(batch, batch.old_log_probs, rows)
-        if algorithm.drop_uniform_groups:
-            batch = batch.subset(signal_indices(rows, config))
+        batch = batch.subset(learned_from(rows, config))
         for part in self._updates(batch):
             measured |= self._policy_update(part, meter, rows)
         measured |= self._finish_rollout(rows)
@@ -234,7 +234,12 @@ class Trainer:
                 write_rollouts(self._run_dir, state.step, rows)
                 self._trackers.completions(state.step, rows)
             self._console.print_completions(rows, config.log.num_completions_to_print)
-        return self._watched(rows) if config.watch.enabled else {}
+        measured = self._watched(rows) if config.watch.enabled else {}
+        if state.failed_rollouts >= config.optim.max_skipped_updates:
+            count, state.failed_rollouts = state.failed_rollouts, 0
+            self._save()
+            raise out_of_order(rows, count, self._run_dir)
+        return measured
 
     def _watched(self, rows: list[Scored]) -> dict[str, float]:
         """What reward watch measures on a rollout; its alerts are recorded and said."""
