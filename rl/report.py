@@ -15,7 +15,16 @@ from typing import Any
 
 from tandem.rl.errors import UserError
 from tandem.rl.journal import read_rollouts, rollout_files, write_whole
-from tandem.rl.report_plots import Chart, Points, draw_charts, is_number, series, visible
+from tandem.rl.report_plots import (
+    Chart,
+    Points,
+    draw_charts,
+    draw_watch_charts,
+    is_alert,
+    is_number,
+    series,
+    visible,
+)
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -48,13 +57,17 @@ def write_report(run_dir: Path) -> Path:
         raise UserError(f"there is no run folder {str(run_dir)!r}", fix="give the folder that holds metrics.jsonl")
     run = _read_run(run_dir)
     charts = draw_charts(run.metrics, run.steps)
-    _write_images(run_dir / "report", charts)
+    watch_charts = draw_watch_charts(run.metrics, run.steps)
+    _write_images(run_dir / "report", charts + watch_charts)
     name = str(run.config.get("run_name") or run_dir.resolve().name)
     html = _render(
         name=name,
         state=_state(run),
         facts=_facts(run),
         charts=charts,
+        watch_charts=watch_charts,
+        watched=any(name.startswith("watch/") for record in run.metrics for name in record),
+        alerts=[_alert(record) for record in run.metrics if is_alert(record)],
         changed=_most_changed(run),
         best=_extremes(run, best=True),
         worst=_extremes(run, best=False),
@@ -113,8 +126,16 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _slim(record: dict[str, Any]) -> dict[str, Any]:
-    """Without the token lists, which are most of a journal and not shown."""
-    return {key: value for key, value in record.items() if key not in ("completion_ids", "log_probs")}
+    """Without the token lists, which are most of a journal and not shown; their length stays."""
+    kept = {key: value for key, value in record.items() if key not in ("completion_ids", "log_probs")}
+    ids = record.get("completion_ids")
+    return kept | ({"tokens": len(ids)} if isinstance(ids, list) else {})
+
+
+def _alert(record: dict[str, Any]) -> dict[str, str]:
+    """An alert of reward watch as the page shows it."""
+    shown = {key: _shown(record.get(key), ".3g") for key in ("step", "name", "value", "threshold", "message", "fix")}
+    return shown | {"about": str(record.get("about") or "")}
 
 
 def _evenly(items: list[Any], limit: int) -> list[Any]:
@@ -258,6 +279,7 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
         "reward": _shown(record.get("reward"), ".4g"),
         "advantage": _shown(record.get("advantage"), ".3g"),
         "rewards": [(name, _shown(value, ".4g")) for name, value in (record.get("rewards") or {}).items()],
+        "watched": [(name, _shown(value, ".4g")) for name, value in (record.get("watched") or {}).items()],
         "truncated": bool(record.get("truncated")),
     }
 

@@ -33,6 +33,7 @@ class _Plot:
     log: bool = False
     smooth: bool = True  # long curves get a running mean
     from_zero: bool = True  # unless values are negative
+    scaled: bool = False  # every curve from its own smallest to its own largest value
 
 
 _HELD_OUT = "eval/score", "eval/reward", "eval_score", "eval_reward"
@@ -62,6 +63,20 @@ _PLOTS = (
     _Plot("tokens_per_second", "Speed", _SPEED, "tokens per second"),
     _Plot("step_time", "Step time", ("step_time",), "seconds"),
 )
+
+
+_REWARDS = "reward", "rewards/*/mean", "watch/rewards/*/mean"
+_REPEATS = "watch/repetition", "watch/duplicates", "watch/collapsed_groups"
+_REPEATS_NOTE = "repeated n-grams; equal completions in a group; groups of one bad completion; shares"
+_CORRELATIONS = "watch/length_correlation", "watch/component_correlation", "watch/rewards/*/correlation"
+_CORRELATIONS_NOTE = "total reward with length and with what is watched; the lowest of two rewards"
+
+_WATCH_PLOTS = (
+    _Plot("watch_rewards", "Trained and watched rewards", _REWARDS, "each on its own scale", scaled=True),
+    _Plot("watch_repeats", "Repetition and duplicates", _REPEATS, _REPEATS_NOTE),
+    _Plot("watch_correlations", "Correlations within groups", _CORRELATIONS, _CORRELATIONS_NOTE, from_zero=False),
+)
+_MAX_POINTS = 4000
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,29 @@ def draw_charts(metrics: Records, completions: Records) -> list[Chart]:
     return charts
 
 
+def draw_watch_charts(metrics: Records, completions: Records) -> list[Chart]:
+    """The charts of reward watch: rewards against length, all rewards beside each other, what repeats, correlations.
+    Steps with an alert are marked.
+
+    Args:
+        metrics: the records of `metrics.jsonl`, alerts included. completions: journalled ones with `tokens`.
+    """
+    names = list(dict.fromkeys(name for record in metrics for name in record))
+    marks = sorted({record["step"] for record in metrics if is_alert(record)})
+    charts = [chart] if (chart := _scatter(completions)) else []
+    if any(name.startswith("watch/") for name in names):
+        for plot in _WATCH_PLOTS:
+            lines = {name: points for name in _matching(plot.metrics, names) if (points := series(metrics, name))}
+            if lines:
+                charts.append(_draw(plot, lines, [], marks))
+    return charts
+
+
+def is_alert(record: dict[str, Any]) -> bool:
+    """Whether a record of `metrics.jsonl` is an alert of reward watch."""
+    return record.get("event") == "alert"
+
+
 def series(metrics: Records, name: str) -> Points:
     """(step, value) wherever a metric has one."""
     return [(r["step"], float(r[name])) for r in metrics if is_number(r.get(name))]
@@ -127,10 +165,17 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for e in expressions for name in names if re.fullmatch(e, name)))
 
 
-def _draw(plot: _Plot, lines: dict[str, Points], band: list[Points]) -> Chart:
+def _draw(plot: _Plot, lines: dict[str, Points], band: list[Points], marks: Sequence[int] = ()) -> Chart:
     def draw(axes: Any, theme: _Theme) -> None:
+        for mark in marks:
+            axes.axvline(mark, color=theme.colours[3], linewidth=0.9, linestyle=":")
         for (name, points), colour in zip(lines.items(), theme.colours * (1 + len(lines) // 6), strict=False):
-            _curve(axes, points, colour, _label(name, plot), plot.smooth)
+            label = _label(name, plot)
+            if plot.scaled:
+                points, label = _scaled(points, label)
+            _curve(axes, points, colour, label, plot.smooth)
+        if plot.scaled:
+            axes.set_yticks([])
         if len(band) == 2 and band[0] and [x for x, _ in band[0]] == [x for x, _ in band[1]]:
             xs, low = zip(*band[0], strict=True)
             axes.fill_between(xs, low, [y for _, y in band[1]], color=theme.colours[0], alpha=0.12, linewidth=0)
@@ -138,7 +183,7 @@ def _draw(plot: _Plot, lines: dict[str, Points], band: list[Points]) -> Chart:
             axes.set_yscale("log")
         if plot.from_zero and not plot.log and axes.get_ylim()[0] >= 0:
             axes.set_ylim(bottom=0)
-        if len(lines) > 1:
+        if len(lines) > 1 or plot in _WATCH_PLOTS:  # these titles do not say which one is there
             axes.legend(frameon=False, fontsize=8, labelcolor=theme.ink, loc="best")
 
     return _chart(plot.slug, plot.title, plot.note, draw)
@@ -153,6 +198,40 @@ def _curve(axes: Any, points: Points, colour: str, label: str, smooth: bool) -> 
     else:
         axes.plot(xs, ys, color=colour, linewidth=0.8, alpha=0.35)
         axes.plot(xs, _smoothed(ys), color=colour, linewidth=1.9, label=label)
+
+
+def _scaled(points: Points, label: str) -> tuple[Points, str]:
+    """A curve between 0 and 1, and its label with the values that these stand for."""
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    scaled = [(x, (y - low) / (high - low) if high > low else 0.5) for x, y in points]
+    return scaled, f"{label} ({low:.3g} … {high:.3g})"
+
+
+def _scatter(completions: Records) -> Chart | None:
+    """Total reward against length, coloured by the step."""
+    points = [
+        (float(r["tokens"]), float(r["reward"]), float(r.get("step", 0)))
+        for r in completions
+        if is_number(r.get("tokens")) and is_number(r.get("reward"))
+    ]
+    if len({length for length, _, _ in points}) < 2:
+        return None
+    points = points[:: math.ceil(len(points) / _MAX_POINTS)]
+    lengths, rewards, steps = zip(*points, strict=True)
+
+    def draw(axes: Any, theme: _Theme) -> None:
+        from matplotlib.colors import LinearSegmentedColormap
+
+        colours = LinearSegmentedColormap.from_list("steps", [theme.colours[5], theme.colours[0], theme.colours[3]])
+        axes.scatter(lengths, rewards, c=steps, cmap=colours, s=9, alpha=0.7, linewidths=0)
+
+    return _chart(
+        "watch_length",
+        "Reward against length",
+        f"a dot per completion; from blue-green at step {min(steps):.0f} to pink at step {max(steps):.0f}",
+        draw,
+        across="tokens",
+    )
 
 
 def _smoothed(values: list[float]) -> list[float]:
@@ -255,13 +334,13 @@ def time_bins(records: Records, limit: int) -> TimeBins:
     return TimeBins([first + (number + 0.5) * width - 0.5 for number in by_bin], float(width), seconds)
 
 
-def _chart(slug: str, title: str, note: str, draw: Any) -> Chart:
-    images = [_image(draw, theme) for theme in (_LIGHT, _DARK)]
+def _chart(slug: str, title: str, note: str, draw: Any, across: str = "step") -> Chart:
+    images = [_image(draw, theme, across) for theme in (_LIGHT, _DARK)]
     light, dark = ("data:image/png;base64," + base64.b64encode(image).decode("ascii") for image in images)
     return Chart(slug, title, note, light, dark)
 
 
-def _image(draw: Any, theme: _Theme) -> bytes:
+def _image(draw: Any, theme: _Theme, across: str) -> bytes:
     """A PNG. The figure is made without pyplot, so that nothing global is touched and no window can open."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -278,7 +357,7 @@ def _image(draw: Any, theme: _Theme) -> bytes:
     axes.spines["bottom"].set_color(theme.grid)
     axes.tick_params(colors=theme.ink, labelsize=8, length=0)
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-    axes.set_xlabel("step", color=theme.ink, fontsize=8)
+    axes.set_xlabel(across, color=theme.ink, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": ""})
     return buffer.getvalue()

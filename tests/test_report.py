@@ -262,3 +262,74 @@ def test_matplotlib_is_left_as_it_was(tmp_path):
     write_rollouts(tmp_path, 1, [scored(1, "text", 1.0)])
     write_report(tmp_path)
     assert (dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False)) == before
+
+
+# --- reward watch
+
+
+def watched_run(run_dir: Path) -> None:
+    records: list[dict[str, Any]] = [
+        {
+            "step": step,
+            "reward": step / 20,
+            "rewards/right/mean": step / 20,
+            "watch/rewards/judge/mean": 7 - step / 10,
+            "watch/repetition": 0.1,
+            "watch/duplicates": 0.0,
+            "watch/collapsed_groups": 0.0,
+            "watch/length_correlation": 0.5,
+        }
+        for step in range(1, 21)
+    ]
+    alert = {
+        "step": 15,
+        "event": "alert",
+        "name": "watched_falls",
+        "about": "judge",
+        "value": -0.75,
+        "threshold": -0.25,
+        "message": "judge gets worse",
+        "fix": "read them",
+    }
+    write_metrics(run_dir, *records[:14], alert, *records[14:])
+    for step in (1, 20):
+        rows = [scored(i, f"text {step} {i}", float(i)) for i in range(4)]
+        for i, row in enumerate(rows):
+            row.completion.ids = [1] * (i + step)
+            row.watched = {"judge": 0.5}
+        write_rollouts(run_dir, step, rows)
+
+
+def test_reward_watch_has_its_charts_and_alerts(tmp_path):
+    watched_run(tmp_path)
+    page = Page(write_report(tmp_path))
+    assert page.charts()[-4:] == [
+        "Reward against length",
+        "Trained and watched rewards",
+        "Repetition and duplicates",
+        "Correlations within groups",
+    ]
+    section = page.between("Reward watch", "Reward against length")
+    for part in ("step 15", "watched_falls", "judge gets worse", "value -0.75, limit -0.25", "read them"):
+        assert part in section
+    assert "judge (watched) 0.5" in page.text
+    assert "no alert so far" not in page.text
+    assert {f"watch_{name}.png" for name in ("length", "rewards", "repeats", "correlations")} <= {
+        path.name for path in (tmp_path / "report").iterdir()
+    }
+
+
+def test_a_watched_run_without_alerts_says_so(tmp_path):
+    write_metrics(tmp_path, {"step": 1, "watch/repetition": 0.5})
+    page = Page(write_report(tmp_path))
+    assert "no alert so far" in page.text
+    assert page.charts() == ["Repetition and duplicates"]
+
+
+def test_what_an_alert_is_about_stays_text(tmp_path):
+    alert = {"event": "alert", "name": "watched_falls", "value": 1.0, "threshold": 0.5, "fix": "read them"}
+    write_metrics(tmp_path, *({"step": i, **alert, "about": t, "message": t} for i, t in enumerate(NASTY)))
+    page = Page(write_report(tmp_path))
+    assert not {"script", "onerror"} & {tag for tag, _ in page.tags}
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert all(set(attributes) <= {"class"} for tag, attributes in page.tags if tag == "b")
