@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -47,6 +48,8 @@ class State:
         scores: held-out score by step.
         evaluating: the evaluation that is due after `step` has not come to its end.
         watch: what reward watch remembers.
+        reduced: keys of the section `train` that memory was too small for, with the values that fitted on the device
+            `reduced_on`. halved: how often packs were halved.
     """
 
     warmup_step: int = 0
@@ -62,6 +65,9 @@ class State:
     scores: dict[int, float] = field(default_factory=dict)
     evaluating: bool = False
     watch: WatchMemory = field(default_factory=WatchMemory)
+    reduced: dict[str, Any] = field(default_factory=dict)
+    reduced_on: str = ""
+    halved: int = 0
 
 
 def save_checkpoint(

@@ -31,7 +31,7 @@ class CheckpointedLayers:
 
     def __init__(self, *, offload: bool | None = None) -> None:
         self.host: HostStore | None = None
-        self._offload = offload
+        self.offload = offload
         self._lm: Any = None
         self._size = 0  # elements of the pack's hidden states
         self._layer_starts = False
@@ -68,6 +68,12 @@ class CheckpointedLayers:
             self._lm.checkpoints = None
         self._lm, self.host, self._watched = None, None, None
 
+    def abandon(self) -> None:
+        """Let go of what the latest pack has left, which did not come to its end."""
+        self._watched = None
+        if self.host is not None:
+            self.host.begin()
+
     @contextmanager
     def saving(self, rows: int) -> Iterator[None]:
         """Around the forward pass of a pack of `rows` tokens."""
@@ -85,7 +91,7 @@ class CheckpointedLayers:
     def _offloads(self, rows: int) -> bool:
         config = self._lm.causal_lm.config.get_text_config()
         left = config.num_hidden_layers * rows * config.hidden_size * self._lm.dtype.itemsize
-        return goes_to_host(self._offload, left, self._lm.device)
+        return goes_to_host(self.offload, left, self._lm.device)
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         self._layer_starts = True

@@ -60,13 +60,19 @@ class FusedLayers:
 
     def __init__(self, plan: Plan | None = None, *, offload: bool | None = None) -> None:
         self.plan = plan or Plan()
-        self._offload = offload
+        self.offload = offload
         self.host: HostStore | None = None
         self.near = Store()
         self._lm: Any = None
         self._spec: ModelSpec | None = None
         if self.plan.tile_rows < 1:
             raise UserError(f"tile_rows is {self.plan.tile_rows}", fix="give a positive number of rows")
+
+    @property
+    def kv_heads(self) -> int:
+        """Of a layer: the largest number of groups."""
+        assert self._spec is not None, "attach first"
+        return self._spec.layer(0).kv_heads
 
     @property
     def host_bytes(self) -> int:
@@ -100,6 +106,11 @@ class FusedLayers:
             self._lm.fused = None
         self._lm, self._spec, self.host = None, None, None
 
+    def abandon(self) -> None:
+        """Let go of what the latest pack has left, which did not come to its end."""
+        if self.host is not None:
+            self.host.begin()
+
     def hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, layout: PackLayout) -> torch.Tensor:
         """Last hidden states `[T, d]` of a pack `[T]`, after the final norm; differentiable in the adapter.
 
@@ -129,7 +140,7 @@ class FusedLayers:
         rows, width = h.shape
         attended = layer.query_heads * (layer.head_dim * h.element_size() + 4)
         everything = num_layers * rows * (width * h.element_size() + attended)
-        on_host = goes_to_host(self._offload, everything, h.device)
+        on_host = goes_to_host(self.offload, everything, h.device)
         if on_host and self.host is None:
             self.host = HostStore(h.device)
         store = self.host if on_host and self.host is not None else self.near

@@ -120,10 +120,12 @@ class _Offloaded(Stored):
     def __init__(self, store: HostStore, tensors: list[torch.Tensor], before: _Offloaded | None) -> None:
         self._pool, self._stream, self._before = store.pool, store.stream, before
         self._shapes = [(t.shape, t.dtype, t.device) for t in tensors]
+        # First all that `__del__` reads: memory may end in any line from here on.
         self._blocks: list[list[torch.Tensor]] = []
-        self._present: list[torch.Tensor] | None = [t.contiguous() for t in tensors]
+        self._present: list[torch.Tensor] | None = None
         self._done: Any = None
         self._taken = False
+        self._present = [t.contiguous() for t in tensors]
         self._copy(out=True)
 
     def take(self) -> list[torch.Tensor]:

@@ -88,6 +88,20 @@ def apply_gradients(optimizer: torch.optim.Optimizer, parameters: Named, *, rate
     return norm
 
 
+def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Make the state of parameters that have none yet, as the first step would, and change none: where memory ends
+    here, no parameter has been updated before others."""
+    for g, group in enumerate(optimizer.param_groups):
+        for i, parameter in enumerate(group["params"]):
+            if optimizer.state.get(parameter):
+                continue
+            if hasattr(optimizer, "init_state"):  # bitsandbytes'
+                optimizer.init_state(group, parameter, g, i)
+                continue
+            moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Named) -> dict[str, torch.Tensor]:
     """The optimiser's state as host tensors of their own, by `PARAMETER/ENTRY`; counters become tensors without a
     dimension. Parameters that had no update yet have no state."""

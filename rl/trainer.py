@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -23,22 +25,17 @@ from tandem.rl.divergence import divergence_error
 from tandem.rl.errors import RunStopped
 from tandem.rl.evaluate import Judge, eval_sampling, evaluate
 from tandem.rl.experience import best_and_worst, kl_penalties, learned_from, policy_batch, with_advantages
+from tandem.rl.guarded_passes import GuardedPasses
 from tandem.rl.journal import write_rollouts
 from tandem.rl.lora import trainable
+from tandem.rl.memory_guard import MemoryGuard, OutOfMemory
 from tandem.rl.metrics import Meter
-from tandem.rl.model import LanguageModel, with_sampling
-from tandem.rl.optim import apply_gradients, learning_rate
-from tandem.rl.packing import Pack, default_max_tokens, pack
-from tandem.rl.parity import ParityGate, Recorder
+from tandem.rl.model import LanguageModel
+from tandem.rl.optim import allocate_moments, apply_gradients, learning_rate
+from tandem.rl.parity import ParityGate
 from tandem.rl.policy_loss import policy_loss
-from tandem.rl.preference_loss import PreferenceOptions, needs_reference
-from tandem.rl.preference_step import (
-    Answers,
-    preference_backward,
-    preference_metrics,
-    reference_log_probs,
-    with_margins,
-)
+from tandem.rl.preference_loss import needs_reference
+from tandem.rl.preference_step import Answers, with_margins
 from tandem.rl.prompts import PromptSampler
 from tandem.rl.reference_cache import cached_log_probs
 from tandem.rl.reward_errors import out_of_order
@@ -47,20 +44,14 @@ from tandem.rl.rollout_journal import RolloutJournal
 from tandem.rl.rollout_source import RolloutSource
 from tandem.rl.run_length import total_steps
 from tandem.rl.samples import Scored, Sequence
-from tandem.rl.step import (
-    Objective,
-    PolicyBatch,
-    policy_backward,
-    sequence_log_probs,
-    split_evenly,
-    supervised_backward,
-    supervised_loss,
-)
+from tandem.rl.step import Objective, PolicyBatch, split_evenly
 from tandem.rl.step_time import StepClock
 from tandem.rl.trackers import Trackers
 from tandem.rl.training_data import TrainingData
 from tandem.rollout.engine import RolloutEngine
 from tandem.rollout.restart import EngineDied
+
+T = TypeVar("T")
 
 
 class Trainer:
@@ -69,6 +60,7 @@ class Trainer:
     Args:
         should_stop: asked after every step; True ends the run with a checkpoint.
         journal: takes every rollout before it is learned from, and gives those that were not yet; None: none is kept.
+        memory_advice: what to change in the config where memory is too small, asked only then.
     """
 
     def __init__(
@@ -88,19 +80,16 @@ class Trainer:
         should_stop: Callable[[], bool],
         objective: Objective = policy_loss,
         journal: RolloutJournal | None = None,
+        memory_advice: Callable[[], str] | None = None,
     ) -> None:
         self._config, self._run_dir = config, run_dir
         self._lm, self._engine, self._data, self._judge = lm, engine, data, judge
-        self._stop_token_ids, self._objective = stop_token_ids, objective
+        self._stop_token_ids = stop_token_ids
         self._optimizer, self._parameters = optimizer, trainable(lm)
         self._state, self._trackers, self._console, self._should_stop = state, trackers, console, should_stop
-        rollout = config.rollout
-        sampled = partial(with_sampling, lm.head, chunk_size=config.train.logprob_chunk_size)
-        self._head = sampled(temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p)
-        self._plain_head = sampled(temperature=1.0, top_k=0, top_p=1.0)
-        self._max_tokens = config.train.max_tokens or default_max_tokens(lm.device.type)
+        self._guard = MemoryGuard(lm, config.train, state, optimizer, warn=console.warn, advice=memory_advice)
+        self._passes = GuardedPasses(config, lm, self._guard, objective)
         self._sampler = PromptSampler(data.num_rows, seed=config.seed, shuffle=config.data.shuffle_dataset)
-        self._preferences = PreferenceOptions(**config.preference.model_dump(exclude={"loss_type"}))
         self._clock = StepClock(torch.cuda.synchronize if lm.device.type == "cuda" else None, on_part=console.part)
         self._rollouts = RolloutSource(
             config,
@@ -114,7 +103,7 @@ class Trainer:
             warn=console.warn,
         )
         self._watch = RewardWatch(config)
-        self._parity = ParityGate(lm, config, self._head, engine=engine.name)
+        self._parity = ParityGate(lm, config, self._passes.head, engine=engine.name)
         self.total_steps = total_steps(config, data.num_rows)
         judge.max_steps = self.total_steps
 
@@ -146,7 +135,7 @@ class Trainer:
         self._clock.lap()
         while state.step < self.total_steps and not distributed.any_rank(self._should_stop()):
             before = state.step
-            metrics = self._timed(iteration)
+            metrics = self._or_rewound(lambda: self._timed(iteration))
             if self._due(before, config.log.logging_steps) or state.step >= self.total_steps:
                 with self._clock.part("log"):
                     self._trackers.log(state.step, metrics)
@@ -181,7 +170,8 @@ class Trainer:
                 return False
             meter = Meter()
             rows = sampler.take(state.warmup_step * batch, batch)
-            self._supervised_update([self._data.warmup[i] for i in rows], warmup.learning_rate, meter)
+            examples = [self._data.warmup[i] for i in rows]
+            self._or_rewound(partial(self._supervised_update, examples, warmup.learning_rate, meter))
             state.warmup_step += 1
             metrics = self._merged(meter)
             self._console.step(state.warmup_step, metrics)
@@ -218,7 +208,7 @@ class Trainer:
         answers = best_and_worst(rows, self._config.rollout.num_generations)
         with self._clock.part("log_probs", device=True):
             if answers.sequences and needs_reference(self._config.preference.loss_type):
-                answers.ref_log_probs = self._reference(answers.sequences)
+                answers.ref_log_probs = self._passes.reference(answers.sequences)
         self._preference_update(answers, meter)
         measured |= self._finish_rollout(with_advantages(rows, self._config))
         return measured | with_margins(self._merged(meter))
@@ -261,26 +251,13 @@ class Trainer:
 
     def _policy_update(self, batch: PolicyBatch, meter: Meter, rows: list[Scored]) -> dict[str, float]:
         """One optimiser step; returns how far engine and trainer are apart, where this step is the first to know."""
-        config = self._config
-        recorder = Recorder(self._objective)
         with self._clock.part("backward", device=True):
-            packs = self._own_packs(batch)
-            policy_backward(
-                self._lm,
-                packs,
-                batch,
-                config.algorithm,
-                self._head,
-                meter,
-                max_completion_length=config.rollout.max_completion_length,
-                objective=recorder,
-            )
+            log_probs = self._passes.policy(batch, meter)
         measured: dict[str, float] = {}
         if batch.old_log_probs is None:
-            own = recorder.by_sequence(packs, len(batch.sequences), self._lm.device)
-            measured = self._compared(batch, distributed.merge(own), rows)
+            measured = self._compared(batch, distributed.merge(log_probs), rows)
+        self._update(learning_rate(self._state.step, self.total_steps, self._config.optim), meter)
         self._state.step += 1
-        self._update(learning_rate(self._state.step - 1, self.total_steps, config.optim), meter)
         return measured
 
     def _compared(self, batch: PolicyBatch, own: list[torch.Tensor], rows: list[Scored]) -> dict[str, float]:
@@ -311,34 +288,26 @@ class Trainer:
             return {}
         batch = policy_batch(rows, mask_truncated=False)
         with self._clock.part("parity"):
-            own, _ = sequence_log_probs(self._lm, self._own_packs(batch), len(batch.sequences), self._head)
+            own, _ = self._passes.log_probs(batch.sequences)
         metrics = self._compared(batch, distributed.merge(own), rows)
         return metrics if self._parity.regular(step) else {}
 
     def _with_stored_log_probs(self, batch: PolicyBatch) -> PolicyBatch:
         """Log-probs of the policy at rollout time, where later steps need them, and of the reference policy."""
-        config = self._config
-        packs = self._own_packs(batch)
-        algorithm = config.algorithm
+        config, algorithm = self._config, self._config.algorithm
         several = algorithm.num_iterations * config.train.steps_per_generation > 1
         in_reward = algorithm.beta > 0 and algorithm.kl_estimator == "k1"
         if several or in_reward or algorithm.top_entropy_quantile < 1:
-            log_probs, entropies = sequence_log_probs(self._lm, packs, len(batch.sequences), self._head)
+            log_probs, entropies = self._passes.log_probs(batch.sequences)
             if several or in_reward:
                 batch.old_log_probs = distributed.merge(log_probs)
             if algorithm.top_entropy_quantile < 1:
                 batch.entropies = distributed.merge(entropies)
         if algorithm.beta:
             with self._lm.model.disable_adapter():
-                reference, _ = sequence_log_probs(self._lm, packs, len(batch.sequences), self._head)
+                reference, _ = self._passes.log_probs(batch.sequences)
             batch.ref_log_probs = distributed.merge(reference)
         return batch
-
-    def _own_packs(self, batch: PolicyBatch) -> list[Pack]:
-        """The packs of this rank's groups."""
-        config = self._config
-        sequences = distributed.share(batch.sequences, config.rollout.num_generations)
-        return pack(sequences, self._max_tokens, share_prefix=config.train.share_prefix)
 
     # Preference tuning
 
@@ -353,23 +322,11 @@ class Trainer:
         return with_margins(self._merged(meter))
 
     def _preference_update(self, answers: Answers, meter: Meter) -> None:
-        config, state = self._config, self._state
         if answers.sequences:
             with self._clock.part("backward", device=True):
-                preference_backward(
-                    self._lm,
-                    answers,
-                    config.preference.loss_type,
-                    self._preferences,
-                    self._plain_head,
-                    meter,
-                    max_tokens=self._max_tokens,
-                )
-        state.step += 1
-        self._update(learning_rate(state.step - 1, self.total_steps, config.optim), meter)
-
-    def _reference(self, sequences: list[Sequence]) -> list[torch.Tensor]:
-        return reference_log_probs(self._lm, sequences, self._plain_head, self._max_tokens)
+                self._passes.preference(answers, meter)
+        self._update(learning_rate(self._state.step, self.total_steps, self._config.optim), meter)
+        self._state.step += 1
 
     def _load_reference(self) -> None:
         """Reference log-probs of the preference data, from the cache where they are known."""
@@ -378,7 +335,9 @@ class Trainer:
         for answers in (self._data.answers, self._data.eval_answers):
             if answers is not None:
                 sequences = answers.sequences
-                answers.ref_log_probs = cached_log_probs(self._lm, sequences, partial(self._reference, sequences))
+                answers.ref_log_probs = cached_log_probs(
+                    self._lm, sequences, partial(self._passes.reference, sequences)
+                )
 
     # Supervised fine-tuning
 
@@ -395,15 +354,7 @@ class Trainer:
 
     def _supervised_update(self, examples: list[Sequence], rate: float, meter: Meter) -> None:
         with self._clock.part("backward", device=True):
-            supervised_backward(
-                self._lm,
-                pack(distributed.share(examples, 1), self._max_tokens),
-                examples,
-                self._plain_head,
-                meter,
-                label_smoothing=self._config.algorithm.label_smoothing_factor,
-                z_loss=self._config.algorithm.z_loss_coef,
-            )
+            self._passes.supervised(examples, meter)
         self._update(rate, meter)
 
     # Shared
@@ -418,6 +369,7 @@ class Trainer:
 
     def _update(self, rate: float, meter: Meter) -> None:
         with self._clock.part("optimizer", device=True):
+            self._guard.once(partial(allocate_moments, self._optimizer), "the optimiser's state")
             norm = apply_gradients(
                 self._optimizer, self._parameters, rate=rate, max_grad_norm=self._config.optim.max_grad_norm
             )
@@ -426,9 +378,27 @@ class Trainer:
         else:
             self._state.skipped_updates += 1
             self._state.skipped_in_a_row += 1
-            self._console.warn(f"gradient norm {norm} at step {self._state.step}: the update is skipped")
+            self._console.warn(f"gradient norm {norm} at step {self._state.step + 1}: the update is skipped")
         meter.add("grad_norm", norm)
         meter.add("learning_rate", rate)
+
+    def _or_rewound(self, part: Callable[[], T]) -> T:
+        """`part()`. Where memory is too small for it whatever is done, the run is left as it was before, with a
+        checkpoint, unless a part of a rollout has been learned from: then the last checkpoint stands.
+
+        Raises:
+            OutOfMemory: see `MemoryGuard`.
+        """
+        before = deepcopy(vars(self._state))
+        try:
+            return part()
+        except OutOfMemory:
+            if self._state.step == before["step"]:
+                for name, value in before.items():
+                    setattr(self._state, name, value)
+                self._save()
+                self._console.note(f"a checkpoint from before this step is kept: rl-train resume {self._run_dir}")
+            raise
 
     def _stop_if_nothing_is_learned(self, metrics: dict[str, float]) -> None:
         """After a whole iteration, so that the checkpoint lies between two rollouts."""
@@ -453,19 +423,12 @@ class Trainer:
             state.scores[state.step] = metrics["eval/score"]
             self._console.note(f"held-out score after {state.step} steps: {metrics['eval/score']:.3f}")
         elif self._data.eval_answers is not None:
-            found = preference_metrics(
-                self._lm,
-                self._data.eval_answers,
-                config.preference.loss_type,
-                self._preferences,
-                self._plain_head,
-                max_tokens=self._max_tokens,
-            )
+            found = self._passes.preference_metrics(self._data.eval_answers)
             metrics = {f"eval/{name}": value for name, value in found.items()}
             state.scores[state.step] = metrics["eval/rewards/margins"]
             self._console.note(f"held-out margin after {state.step} steps: {metrics['eval/rewards/margins']:.3f}")
         elif self._data.eval_examples:
-            loss = supervised_loss(self._lm, self._data.eval_examples, self._max_tokens, self._plain_head)
+            loss = self._passes.supervised_loss(self._data.eval_examples)
             metrics = {"eval/loss": loss}
             state.scores[state.step] = loss
             self._console.note(f"held-out loss after {state.step} steps: {loss:.4f}")
@@ -491,6 +454,8 @@ class Trainer:
         self._state.seconds += elapsed
         metrics["num_tokens"] = float(self._state.num_tokens)
         metrics["perf/throughput"] = (self._state.num_tokens - tokens) / elapsed
+        if self._state.halved:
+            metrics["memory/halved"] = float(self._state.halved)
         parts = self._clock.lap()
         metrics["step_time"] = math.fsum(parts.values())
         metrics |= {f"time/{name}": seconds for name, seconds in parts.items()}
