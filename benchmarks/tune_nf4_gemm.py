@@ -38,6 +38,16 @@ COPIES_BYTES = 160 << 20
 
 
 def settings(rows: int) -> list[Config]:
+    if rows == 1:
+        kernels = itertools.product((4, 8, 16, 32), (1, 2, 4, 8), (1, 2, 4, 8), ("shuffle", "load"))
+        vector = [
+            Config(block_n, 1, unroll, warps, 1, lookup, splits)
+            for block_n, unroll, warps, lookup in kernels
+            # From 8 to 64 bytes a thread: fewer are slow to load, more fill the registers.
+            if 8 <= block_n * unroll // warps <= 64
+            for splits in (None, 1, 2, 4)
+        ]
+        return [*vector, Config(128, 16), Config(64, 16)]
     block_m = next((size for size in (16, 32, 64) if rows <= size), 64)
     lookups = [("shuffle", stages) for stages in (2, 3, 4)] + [("load", 1)]
     kernels = itertools.product((32, 64, 128), (1, 2, 4), (2, 4, 8), lookups)

@@ -2,7 +2,9 @@
 
 The weights that are multiplied are bit for bit those that bitsandbytes unpacks: level·scale in float32, rounded to
 bfloat16. Two neighbouring inputs share a byte, so a tile of bytes gives two products: its high nibbles with the even
-inputs of x, its low ones with the odd. W is the left operand: 64 of its rows fill the tensor cores where x has one.
+inputs of x, its low ones with the odd. W is the left operand: 64 of its rows fill the tensor cores where x has few.
+A single row of x goes without tensor cores: unpacking is what takes the time, and there nothing has to be rearranged
+for them.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class Config:
     """How the work is cut.
 
     Attributes:
-        block_n: weight rows per program. block_m: rows of x per program. unroll: blocks of 64 inputs per turn.
+        block_n: weight rows per program. block_m: rows of x per program, 1 without tensor cores, from 16 on with them.
+        unroll: blocks of 64 inputs per turn.
         lookup: how a nibble becomes its level: `shuffle`, where every lane of a warp holds a level and gives it to
             whoever asks (half the instructions, but inline assembly), or `load` from a table of 64 bytes, which should
             go with one stage: more would stage the table in shared memory too. Off NVIDIA's devices it is `load`.
@@ -53,11 +56,12 @@ class Config:
     splits: int | None = None
 
 
-# By rows of x.
+# By rows of x; the fastest of `benchmarks/tune_nf4_gemm.py`.
 _CONFIGS = (
-    (16, Config(block_n=64, block_m=16)),
-    (32, Config(block_n=64, block_m=32)),
-    (64, Config(block_n=128, block_m=64)),
+    (1, Config(block_n=32, block_m=1, unroll=2, stages=1)),
+    (16, Config(block_n=128, block_m=16)),
+    (32, Config(block_n=128, block_m=32)),
+    (64, Config(block_n=128, block_m=64, unroll=1, stages=4, splits=4)),
 )
 _LARGEST = Config(block_n=128, block_m=128, warps=8)
 
@@ -210,7 +214,8 @@ def _multiply_triton(
     levels = levels_on(x.device)
     shuffle = config.lookup == "shuffle" and x.is_cuda and torch.version.cuda is not None
     nested = (tensor if tensor is not None else levels for tensor in (absmax2, code2, offsets))
-    _gemm_kernel[(tiles_n, splits, tiles_m)](
+    kernel = _vector_kernel if config.block_m == 1 else _gemm_kernel
+    kernel[(tiles_n, splits, tiles_m)](
         pairs, packed, absmax, *nested, levels, out if bias is None else bias, sums,
         count, rows, blocks, per_program, pairs.stride(0), sums.stride(-2), count * rows,
         first, second, outer1, outer2,
@@ -301,6 +306,61 @@ if triton is not None:
         inside = (out_row < rows)[:, None] & (token < count)[None, :]
         target = tl.program_id(1).to(tl.int64) * split_stride + token.to(tl.int64)[None, :] * out_stride
         tl.store(out + target + out_row[:, None], sums.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit(do_not_specialize=["count", "per_program"])
+    def _vector_kernel(
+        x, packed, absmax, absmax2, code2, offsets, levels, bias, out,
+        count, rows, blocks, per_program, x_stride, out_stride, split_stride, row1, row2, outer1, outer2,
+        OUTER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr,
+        NESTED: tl.constexpr, BIAS: tl.constexpr, SHUFFLE: tl.constexpr, WIDE: tl.constexpr,
+    ):  # fmt: skip
+        """`[BLOCK_N]` outputs of one row of x a program: as `_gemm_kernel`, the products summed where they are made."""
+        out_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        row = tl.minimum(out_row, rows - 1)
+        if NESTED:
+            part = (row >= row1).to(tl.int32) + (row >= row2).to(tl.int32)
+            offset = tl.load(offsets + part)
+            inner_block = (row - tl.where(part == 2, row2, tl.where(part == 1, row1, 0))) * blocks
+            outer = absmax2 + tl.where(part == 2, outer2, tl.where(part == 1, outer1, 0))
+        token = tl.program_id(2)
+        byte = tl.arange(0, 32)
+        step = tl.arange(0, UNROLL)
+        row_block = row.to(tl.int64) * blocks
+        bytes_at = packed + row_block[:, None, None] * 32 + byte[None, None, :]
+        x_at = x + token.to(tl.int64) * x_stride + byte[None, :]
+        mine = 0.0
+        if SHUFFLE:
+            lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+            mine = tl.load(levels + (lane & 15))
+        begin = tl.program_id(1) * per_program
+        end = tl.minimum(begin + per_program, blocks)
+        products = tl.zeros((BLOCK_N, UNROLL, 32), dtype=tl.float32)
+        for turn in range(begin, end, UNROLL):
+            block = turn + step
+            if not EVEN:
+                block = tl.minimum(block, end - 1)
+            pair = tl.load(bytes_at + block[None, :, None] * 32)
+            both = tl.load(x_at + block[:, None] * 32)
+            if not EVEN:
+                both = tl.where((turn + step < end)[:, None], both, 0)
+            inner = tl.load(absmax + row_block[:, None] + block[None, :])
+            if NESTED:
+                outer_at = outer[:, None] + (inner_block[:, None] + block[None, :]) // OUTER
+                scale = tl.load(code2 + inner.to(tl.int32)) * tl.load(outer_at) + offset[:, None]
+            else:
+                scale = inner
+            nibbles = pair.to(tl.int32)
+            high = (_level(nibbles >> 4, levels, mine, SHUFFLE) * scale[:, :, None]).to(tl.bfloat16).to(tl.float32)
+            low = (_level(nibbles, levels, mine, SHUFFLE) * scale[:, :, None]).to(tl.bfloat16).to(tl.float32)
+            even = (both << 16).to(tl.float32, bitcast=True)
+            odd = ((both >> 16) << 16).to(tl.float32, bitcast=True)
+            products = tl.fma(high, tl.broadcast_to(even[None, :, :], products.shape), products)
+            products = tl.fma(low, tl.broadcast_to(odd[None, :, :], products.shape), products)
+        sums = tl.sum(tl.sum(products, axis=2), axis=1)
+        if BIAS:
+            sums += tl.load(bias + row).to(tl.float32)
+        target = tl.program_id(1).to(tl.int64) * split_stride + token.to(tl.int64) * out_stride
+        tl.store(out + target + out_row, sums.to(out.dtype.element_ty), mask=out_row < rows)
 
     @triton.jit(do_not_specialize=["splits"])
     def _sum_kernel(

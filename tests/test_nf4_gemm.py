@@ -88,14 +88,15 @@ def test_scales_that_are_not_nested(impl):
 
 
 @modes
+@pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("unroll", [1, 2, 4])
-def test_every_input_counts_once(impl, unroll):
+def test_every_input_counts_once(impl, unroll, rows):
     """One-hot rows of x read single columns of W: a block skipped, doubled or shifted shows."""
     arguments, w = weight((33,), 192)
     picked = [0, 1, 62, 63, 64, 127, 128, 190, 191]
     x = torch.zeros(len(picked), 192, dtype=torch.bfloat16)
     x[torch.arange(len(picked)), picked] = 1
-    config = replace(default_config(1), unroll=unroll, splits=2)
+    config = replace(default_config(rows), unroll=unroll, splits=2)
     got = nf4_linear(x, *arguments, (33,), 64, OUTER, config=config, impl=impl).double()
     want = w[:, picked].t()
     assert ((got - want).abs() <= want.abs() * (2**-7 if INTERPRETED else 0)).all()
