@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from tandem.rewards.completion import completion_text
 from tandem.rewards.verl import VerlScore, is_verl
@@ -53,6 +53,11 @@ BUILT_IN: dict[str, str] = {
 }
 """Rewards that a config may name without a module, and where each is defined."""
 
+Scope = Literal["group", "batch"]
+GROUP_SCOPE = frozenset(("judge", "code_tests"))
+"""Built-in rewards that spend their time waiting for somebody else, and judge each completion by itself: they are
+called for finished groups while others are generated. The rest would take the processor away from the engine."""
+
 MAKERS: dict[str, str] = {"judge": "tandem.rewards.judge"}
 """Built-in rewards with a state of their own (a cache, counters): made once, from the kwargs of the config's entry."""
 
@@ -78,12 +83,15 @@ class Reward:
         function: callable with TRL's reward signature, sync or async.
         weight: factor of its values in the total.
         kwargs: keyword arguments that every call receives; they win over columns of the same name.
+        scope: what a call needs to see. batch: all completions of a rollout; group: all completions of a prompt, so
+            that it can be called for groups that are finished while others are generated (see `overlap`).
     """
 
     name: str
     function: Callable[..., Any]
     weight: float = 1.0
     kwargs: dict[str, Any] = field(default_factory=dict)
+    scope: Scope = "batch"
 
     @property
     def is_async(self) -> bool:
@@ -128,8 +136,27 @@ class Reward:
             return {}
         return {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
+    @property
+    def may_log(self) -> bool:
+        """Whether a call can say anything beside its values that is averaged (`log_metric`)."""
+        taken = self.parameters()
+        return taken is None or "log_metric" in taken
+
+    def start_batch(self) -> None:
+        """Tell the function that a batch begins, if it has a method of that name."""
+        self._tell("start_batch")
+
+    def end_batch(self) -> None:
+        """Tell the function that a batch is over, likewise; what it raises is a fault of the reward."""
+        self._tell("end_batch")
+
+    def _tell(self, what: str) -> None:
+        method = getattr(_without_partials(self.function), what, None)
+        if callable(method):
+            method()
+
     def metrics(self) -> dict[str, float]:
-        """What the function's own `metrics()` tells about its latest call, if it has such a method."""
+        """What the function's own `metrics()` tells about its latest batch, if it has such a method."""
         method = getattr(_without_partials(self.function), "metrics", None)
         return {str(name): float(value) for name, value in method().items()} if callable(method) else {}
 
@@ -140,6 +167,7 @@ def load_reward(
     name: str | None = None,
     weight: float = 1.0,
     kwargs: dict[str, Any] | None = None,
+    scope: Scope | None = None,
 ) -> Reward:
     """Find a reward function and check that it can be called.
 
@@ -150,9 +178,11 @@ def load_reward(
         name: name in metrics; None: what stands after the colon (for a callable, its `__name__` or class name).
         weight: factor in the total.
         kwargs: passed to every call.
+        scope: see `Reward`; None: group for the built-in rewards of `GROUP_SCOPE`, else batch.
 
     Raises:
-        UserError: nothing of that name, an error while importing it, not callable, or kwargs that it does not take.
+        UserError: nothing of that name, an error while importing it, not callable, kwargs that it does not take, or
+            scope group for a reward that combines others.
     """
     if isinstance(function, str):
         found, label = _find(function, "reward function"), function
@@ -167,10 +197,18 @@ def load_reward(
         found = VerlScore(found)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
         raise UserError(f"the weight of reward {name!r} is {weight!r}", fix="give a finite number")
-    reward = Reward(name, found, float(weight), dict(kwargs or {}))
+    if scope is None:
+        scope = "group" if isinstance(function, str) and function in GROUP_SCOPE else "batch"
+    reward = Reward(name, found, float(weight), dict(kwargs or {}), scope)
     _check_kwargs(reward)
     if made:
-        return Reward(reward.name, _made(reward), reward.weight)
+        return Reward(reward.name, _made(reward), reward.weight, scope=scope)
+    if scope == "group" and reward.combines:
+        raise UserError(
+            f"reward {name!r} has scope group and names {OTHER_VALUES!r}",
+            reason="it needs the other rewards' values, which are complete only with the batch",
+            fix="leave its scope out",
+        )
     return reward
 
 

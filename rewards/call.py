@@ -6,6 +6,7 @@ import inspect
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,6 +49,7 @@ class Row:
     completion: Completion
     group: int
     text: str
+    number: int | None = None  # its place in the batch, where a call does not see all of it
 
     def describe(self) -> str:
         """Prompt and completion, shortened, for error messages."""
@@ -68,6 +70,7 @@ class Call:
         timeout: seconds that it may take.
         others: values of the rewards that were called before, for a function that asks for `rewards_by_name`.
         notices: what the user should know of the function that is no fault.
+        partial: one of several calls for a batch; whoever joins them begins and ends the batch.
     """
 
     reward: Reward
@@ -82,14 +85,18 @@ class Call:
     others: dict[str, list[float | None]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     _given: dict[str, Any] = field(default_factory=dict)
+    partial: bool = False
 
     def run(self, timeout: float) -> None:
         """Run a synchronous function. Raises UserError for every fault of it but single wrong values."""
         self.timeout = timeout
+        if not self.partial:
+            self.begin()
         arguments = self.arguments()
         start = time.perf_counter()
         try:
-            with limited_prints(f"reward {self.reward.name!r}"):
+            # Several threads cannot exchange the process's streams; whoever joins the calls limits their prints.
+            with nullcontext() if self.partial else limited_prints(f"reward {self.reward.name!r}"):
                 result = run_within(timeout, lambda: self.reward.function(**arguments))
         except KeyboardInterrupt:
             raise
@@ -104,6 +111,8 @@ class Call:
 
     def start(self) -> Awaitable[Any]:
         """The coroutine of an async function; its Outcome goes to `finish`."""
+        if not self.partial:
+            self.begin()
         coroutine: Awaitable[Any] = self.reward.function(**self.arguments())
         return coroutine
 
@@ -119,9 +128,25 @@ class Call:
     def _take(self, result: Any) -> None:
         self.values = self._checked(result)
         self._notice_changed_arguments()
+        if not self.partial:
+            self.end()
+
+    def begin(self) -> None:
+        """Tell the function that a batch begins. Raises UserError for every fault of it."""
+        self._guarded(self.reward.start_batch)
+
+    def end(self) -> None:
+        """Tell it that the batch is over, and take what it says of it. Raises UserError for every fault of it."""
+        self._guarded(self.reward.end_batch)
         for key, value in self.reward.metrics().items():
             if math.isfinite(value):
                 self.metrics.setdefault(f"rewards/{self.reward.name}/{key}", []).append(value)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            raise self._fault(error, self.timeout) from error
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments, only those which the function takes.
@@ -273,12 +298,18 @@ class Call:
     def _wrong_value(self, index: int, value: Any, number: float | None) -> UserError:
         shown = f"{_shorten(value)} ({type(value).__name__})" if number is None else f"{number}"
         return UserError(
-            f"reward {self.reward.name!r} returned {shown} for row {index}\n{self.rows[index].describe()}",
+            f"reward {self.reward.name!r} returned {shown} for row {self._row_number(index)}\n"
+            f"{self.rows[index].describe()}",
             reason="a value must be a number"
             if number is None
             else "one such value spoils every advantage of its group",
             fix="return a finite number, or None where the reward does not apply",
         )
+
+    def _row_number(self, index: int) -> int:
+        """The number of a row in the batch."""
+        number = self.rows[index].number
+        return index if number is None else number
 
 
 def _number(value: Any) -> float | None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from tandem.rewards.base import Reward
 from tandem.rewards.call import Call, Row, TrainerState, WrongArguments
 from tandem.rewards.faults import OnError, blame
+from tandem.rewards.overlap import CallsAhead, group_rows
 from tandem.rewards.print_limit import limited_prints
 from tandem.rewards.time_limit import run_all_within
 from tandem.rl.errors import UserError
@@ -51,6 +52,7 @@ def score(
     max_steps: int = 0,
     on_missing: OnMissing = "stop",
     on_error: OnError = "stop",
+    ahead: CallsAhead | None = None,
 ) -> Scores:
     """Call every reward on the whole batch and add them up.
 
@@ -70,20 +72,22 @@ def score(
         on_error: what becomes of rows on which a function failed: it raised, took too long, or returned something that
             is not one finite number or None per completion. stop: an error; zero: its value is 0 there; skip_group: it
             is None there, and the rows of that group are marked as skipped. `rewards/errors/NAME` counts the rows.
+        ahead: calls that were made for finished groups while others were generated.
 
     Raises:
         UserError: a function failed (see on_error), or no function applies to a row (see on_missing).
         WrongArguments: a function needs an argument that there is not, whatever `on_error` says.
     """
     _check_rewards(rewards)
+    if ahead is not None:
+        ahead.finish(groups)
+    known = ahead.rows if ahead is not None else {}
     rows = [
-        Row(group.prompt, completion, number, decode(completion.ids))
-        for number, group in enumerate(groups)
-        for completion in group.completions
+        row for number, group in enumerate(groups) for row in known.get(number) or group_rows(number, group, decode)
     ]
     if not rows:
         return Scores()
-    calls = call_all(rewards, rows, TrainerState(global_step, max_steps), timeout, on_error=on_error)
+    calls = call_all(rewards, rows, TrainerState(global_step, max_steps), timeout, on_error=on_error, ahead=ahead)
     failed = {i for call in calls for i in call.errors}
     totals = _totals(rows, calls, on_missing, failed if on_error == "skip_group" else set())
     skipped = {rows[i].group for i in failed} if on_error == "skip_group" else set()
@@ -123,6 +127,7 @@ def call_all(
     *,
     on_error: OnError = "stop",
     find_rows: bool = True,
+    ahead: CallsAhead | None = None,
 ) -> list[Call]:
     """Every reward on the rows; the calls in the order of the rewards, with their values.
 
@@ -132,6 +137,7 @@ def call_all(
         known: values of other rewards by their name, for functions that combine.
         on_error: what becomes of rows on which a reward failed, see `score`; without `faults`.
         find_rows: where a whole call fails, look for the rows that are to blame, see `blame`.
+        ahead: calls of some of the rewards that were made before, and are not made again.
 
     Raises:
         UserError: a fault of a reward, where `faults` is None and `on_error` is stop.
@@ -157,7 +163,10 @@ def call_all(
         elif on_error == "zero":
             call.values = [0.0 if i in call.errors else value for i, value in enumerate(call.values)]
 
-    plain = [call for call in calls if not call.reward.combines]
+    done = ahead.calls() if ahead is not None else {}
+    for call in done.values():
+        guarded(call, call.end)
+    plain = [call for call in calls if not call.reward.combines and call.reward.name not in done]
     for call in plain:
         if not call.reward.is_async:
             guarded(call, partial(call.run, timeout))
@@ -166,6 +175,7 @@ def call_all(
             outcomes = run_all_within(timeout, [call.start for call in waiting])
         for call, outcome in zip(waiting, outcomes, strict=True):
             guarded(call, partial(call.finish, outcome, timeout))
+    calls = [done.get(call.reward.name, call) for call in calls]
     for call in calls:
         if call.reward.combines:
             call.others = (known or {}) | {other.reward.name: other.values for other in calls if other.values}

@@ -54,6 +54,9 @@ _REFUSED = (401, 403, 404)  # the key, the permission, the model or the path: no
 class _Counts:
     """What happened in one batch."""
 
+    rows: int = 0
+    scored: int = 0
+    reasons: list[str] = field(default_factory=list)
     requests: int = 0
     retries: int = 0
     cached: int = 0
@@ -138,28 +141,36 @@ class Judge:
         self._executor: ThreadPoolExecutor | None = None
         self._random = random.Random()  # of its own: retries must not move the run's random streams
         self._counts = _Counts()
+        self._places: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+
+    def start_batch(self) -> None:
+        """Count from nothing."""
+        self._counts = _Counts()
+
+    def end_batch(self) -> None:
+        """Raises UserError: no row of the batch got a score."""
+        if self._counts.rows and not self._counts.scored:
+            raise self._no_score()
 
     async def __call__(
         self, prompts: list[Any], completions: list[Any], reward_timeout: float = 60.0, **columns: Any
     ) -> list[float | None]:
         """The judge's scores, None for rows without one.
 
-        Equal questions of a batch are asked once.
+        Equal questions of a call are asked once. Several calls may run at a time, for parts of a batch.
 
         Raises:
-            UserError: the rubric cannot be filled in, the server refuses the key or the model, or no row got a score.
+            UserError: the rubric cannot be filled in, or the server refuses the key or the model.
         """
-        self._counts = _Counts()
         questions = [
             {"messages": self._messages.of(prompt, completion, _row_columns(columns, row)), **self._body}
             for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
         keys = [cache_key({"url": self._endpoint.url, **q}) for q in questions]
         unique = dict(zip(keys, questions, strict=True))
-        places = asyncio.Semaphore(self._connections)
+        places = self._free_places()
         deadline = time.monotonic() + _SHARE_OF_TIME * reward_timeout
         scores: dict[str, float | None] = {}
-        reasons: list[str] = []
 
         async def settle(key: str, question: dict[str, Any]) -> None:
             try:
@@ -168,7 +179,7 @@ class Judge:
                 if error.status in _REFUSED:
                     raise
                 self._counts.unanswered += 1
-                reasons.append(str(error))
+                self._counts.reasons.append(str(error))
 
         tasks = [asyncio.ensure_future(settle(key, question)) for key, question in unique.items()]
         try:
@@ -180,9 +191,10 @@ class Judge:
         finally:
             for task in tasks:
                 task.cancel()
-        if unique and all(scores.get(key) is None for key in unique):
-            raise self._no_score(len(completions), reasons)
-        return [scores.get(key) for key in keys]
+        found = [scores.get(key) for key in keys]
+        self._counts.rows += len(found)
+        self._counts.scored += sum(score is not None for score in found)
+        return found
 
     def metrics(self) -> dict[str, float]:
         """Of the latest batch: requests, retries, answers from the cache, questions without an answer, replies without
@@ -267,12 +279,20 @@ class Judge:
     def _read_score(self, reply: Any) -> float | None:
         return scaled(self._parse(reply), self._scale) if isinstance(reply, str) else None
 
+    def _free_places(self) -> asyncio.Semaphore:
+        """The connections that calls share; they belong to the event loop, of which there may come another one."""
+        loop = asyncio.get_running_loop()
+        if self._places is None or self._places[0] is not loop:
+            self._places = (loop, asyncio.Semaphore(self._connections))
+        return self._places[1]
+
     def _threads(self) -> ThreadPoolExecutor:
         if self._executor is None:
             self._executor = ThreadPoolExecutor(self._connections, thread_name_prefix="judge")
         return self._executor
 
-    def _no_score(self, rows: int, reasons: list[str]) -> UserError:
+    def _no_score(self) -> UserError:
+        rows, reasons = self._counts.rows, self._counts.reasons
         said = max(set(reasons), key=reasons.count) if reasons else "its replies hold no score that could be read"
         return UserError(
             f"the judge at {self._endpoint.url} gave no score for any of {rows} completions: {said}",

@@ -67,20 +67,46 @@ def run_all_within(seconds: float, functions: Sequence[Callable[[], Awaitable[An
 
     Returns one Outcome per function, in order; `error` is a TimeLimitReached for those that did not finish.
     """
-    outcomes: list[Outcome | None] = [None] * len(functions)
-    loop = _BackgroundLoop.get()
-    future = asyncio.run_coroutine_threadsafe(_run_all(seconds, functions, outcomes), loop.loop)
-    try:
-        future.result(timeout=seconds + 2 * _CLEANUP_SECONDS)
-        late = TimeLimitReached()
-    except TimeoutError:
-        place = loop.place()
-        loop.abandon()
-        late = TimeLimitReached(f"the event loop is blocked at {place}, by a call that is not awaited" if place else "")
-    except BaseException:
-        future.cancel()
-        raise
-    return [outcome or Outcome(error=late, seconds=seconds) for outcome in outcomes]
+    return Started(seconds, functions).outcomes()
+
+
+class Started:
+    """Async functions that run concurrently in the background from now on; each may take so many seconds.
+
+    Attributes:
+        began, ended: when they were started and when the last one was done (`time.perf_counter`); None: not yet.
+    """
+
+    def __init__(self, seconds: float, functions: Sequence[Callable[[], Awaitable[Any]]]) -> None:
+        self.began, self.ended = time.perf_counter(), None  # type: float, float | None
+        self._seconds, self._loop = seconds, _BackgroundLoop.get()
+        self._outcomes: list[Outcome | None] = [None] * len(functions)
+        work = _run_all(seconds, functions, self._outcomes)
+        self._future = asyncio.run_coroutine_threadsafe(work, self._loop.loop)
+        self._future.add_done_callback(self._note_end)
+
+    def _note_end(self, _: Any) -> None:
+        self.ended = time.perf_counter()
+
+    def outcomes(self) -> list[Outcome]:
+        """Wait for them; one Outcome per function, in order, with a TimeLimitReached for those that did not finish."""
+        left = self.began + self._seconds + 2 * _CLEANUP_SECONDS - time.perf_counter()
+        try:
+            self._future.result(timeout=max(left, 0.0))
+            late = TimeLimitReached()
+        except TimeoutError:
+            place = self._loop.place()
+            self._loop.abandon()
+            said = f"the event loop is blocked at {place}, by a call that is not awaited" if place else ""
+            late = TimeLimitReached(said)
+        except BaseException:
+            self.cancel()
+            raise
+        return [outcome or Outcome(error=late, seconds=self._seconds) for outcome in self._outcomes]
+
+    def cancel(self) -> None:
+        """Give up what is not done yet; nobody will ask for the outcomes."""
+        self._future.cancel()
 
 
 class _Interruptible:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.rewards.base import Reward
+from tandem.rewards.call import TrainerState
 from tandem.rewards.compose import OnMissing, Scores, score
 from tandem.rewards.faults import OnError
+from tandem.rewards.overlap import CallsAhead
 from tandem.rewards.watched import Watched, score_watched
 from tandem.rl.chat import completion_text
 from tandem.rl.config import Config
@@ -35,6 +37,7 @@ class Judge:
         on_error: what becomes of completions on which a reward failed; likewise.
         watched: functions whose values are only watched.
         warn: told what the user should know of the rewards.
+        overlap: call rewards of scope group while other groups are still generated.
     """
 
     rewards: list[Reward]
@@ -45,17 +48,27 @@ class Judge:
     on_error: OnError = "stop"
     watched: list[Reward] = field(default_factory=list)
     warn: Callable[[str], None] | None = None
+    overlap: bool = False
 
-    def __call__(self, groups: list[Group], step: int) -> Scores:
+    def ahead(self, step: int) -> CallsAhead:
+        """A context for the generation of one batch: its `on_group` takes finished groups."""
+        rewards = self.rewards if self.overlap else []
+        return CallsAhead(rewards, self._decode, TrainerState(step, self.max_steps), self.timeout)
+
+    def _decode(self, ids: list[int]) -> str:
+        return completion_text(self.tokenizer, ids)
+
+    def __call__(self, groups: list[Group], step: int, ahead: CallsAhead | None = None) -> Scores:
         scores = score(
             groups,
             self.rewards,
-            lambda ids: completion_text(self.tokenizer, ids),
+            self._decode,
             timeout=self.timeout,
             global_step=step,
             max_steps=self.max_steps,
             on_missing=self.on_missing,
             on_error=self.on_error,
+            ahead=ahead if self.overlap else None,
         )
         for text in scores.notices if self.warn else []:
             self.warn(text)
@@ -100,7 +113,8 @@ def evaluate(
     Raises:
         UserError: a reward failed, where that ends the run, or failed on every completion.
     """
-    rows = judge(engine.generate(prompts, sampling), step).rows
+    with judge.ahead(step) as ahead:
+        rows = judge(engine.generate(prompts, sampling, on_group=ahead.on_group), step, ahead).rows
     watched = judge.watch(rows, step)
     metrics = {f"eval/{name}": value for name, value in (watched.metrics | rollout_metrics(rows)).items()}
     metrics["eval/score"] = metrics[f"eval/rewards/{score_name}/mean"] if score_name else metrics["eval/reward"]

@@ -63,7 +63,8 @@ def prepare(config: Config, console: Console) -> Inputs:
         options = PreferenceOptions(**config.preference.model_dump(exclude={"loss_type"}))
         check_options(config.preference.loss_type, options)
     rewards = [
-        load_reward(s.function, name=s.name, weight=s.weight, kwargs=s.kwargs) for s in config.rewards.reward_funcs
+        load_reward(s.function, name=s.name, weight=s.weight, kwargs=s.kwargs, scope=s.scope)
+        for s in config.rewards.reward_funcs
     ]
     watched = [load_reward(s.function, name=s.name, kwargs=s.kwargs) for s in config.rewards.watch_funcs]
     objective = _objective(config)
@@ -80,13 +81,15 @@ def prepare(config: Config, console: Console) -> Inputs:
     else:
         data.answers = _answers(train_rows, tokenizer, config)
         data.eval_answers = None if eval_rows is None else _answers(eval_rows, tokenizer, config)
+    section = config.rewards
     judge = Judge(
         rewards,
         tokenizer,
-        config.rewards.timeout,
-        on_missing=config.rewards.on_missing,
-        on_error=config.rewards.on_error,
+        section.timeout,
+        on_missing=section.on_missing,
+        on_error=section.on_error,
         watched=watched,
+        overlap=section.overlap,
         warn=console.warn,
     )
     return Inputs(tokenizer, data, judge, objective, environments)

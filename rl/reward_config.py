@@ -33,6 +33,10 @@ class RewardSpec(WatchSpec):
 
     weight: Number = 1.0
     """Factor of this reward in the total."""
+    scope: Literal["group", "batch"] | None = None
+    """What a call must see. group: the completions of one prompt are enough, so that finished groups are rewarded while
+    others are generated (`rewards.overlap`), sync functions in a thread; None: group for judge and code_tests, else
+    batch."""
 
 
 class RewardsConfig(Section):
@@ -47,7 +51,9 @@ class RewardsConfig(Section):
     reward_weights: list[Number] | None = None
     """Weights in the order of `reward_funcs`, as in TRL; instead of a weight in each entry."""
     timeout: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds that one call of one reward function on a whole batch may take."""
+    """Seconds that one call of one reward function may take."""
+    overlap: bool = True
+    """Call rewards of scope group for finished groups while others are still generated (docs/sampling.md)."""
     on_missing: Literal["stop", "group_mean"] = "group_mean"
     """A completion to which no reward applies (a judge's answer that cannot be read). group_mean: it gets its group's
     mean, so that nothing is learned from it, and `rewards/missing` counts it; stop: the run ends. A batch without any

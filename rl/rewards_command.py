@@ -64,7 +64,8 @@ def show_rewards(config: Config, console: Console, *, on: Path | None, answers: 
     if not config.rewards.reward_funcs:
         raise UserError("the config names no rewards", fix="set rewards.reward_funcs")
     rewards = [
-        load_reward(s.function, name=s.name, weight=s.weight, kwargs=s.kwargs) for s in config.rewards.reward_funcs
+        load_reward(s.function, name=s.name, weight=s.weight, kwargs=s.kwargs, scope=s.scope)
+        for s in config.rewards.reward_funcs
     ]
     watched = [load_reward(s.function, name=s.name, kwargs=s.kwargs) for s in config.rewards.watch_funcs]
     rows = _rows_of_file(on, config) if on is not None else _rows_of_data(config, answers)

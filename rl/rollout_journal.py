@@ -166,6 +166,7 @@ def read_journal(run_dir: Path, note: Any = print) -> Iterator[Rollout]:
 def source_of(config: Config) -> str:
     """Fingerprint of everything in a config that rollouts and what is learned from them depend on."""
     settings = {k: v for k, v in config.model_dump(mode="json").items() if k not in _IRRELEVANT}
+    del settings["rewards"]["overlap"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

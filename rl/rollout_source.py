@@ -83,13 +83,14 @@ class RolloutSource:
         own = [prompt for i, prompt in enumerate(prompts) if distributed.owned(i)]
         with self._clock.part("wake"):
             self._engine.wake()
-        with self._clock.part("generate"):
-            groups = self._engine.generate(own, sampling)
-        with self._clock.part("sleep", device=True):
-            self._engine.sleep()
-        with self._clock.part("reward"):
-            scores = self._judge(groups, state.step)
-            watched = self._judge.watch(scores.rows, state.step)
+        with self._judge.ahead(state.step) as ahead:
+            with self._clock.part("generate"):
+                groups = self._engine.generate(own, sampling, on_group=ahead.on_group)
+            with self._clock.part("sleep", device=True):
+                self._engine.sleep()
+            with self._clock.part("reward"):
+                scores = self._judge(groups, state.step, ahead)
+                watched = self._judge.watch(scores.rows, state.step)
         rows = in_order(distributed.gather(scores.rows), config.rollout.num_generations)
         # What rewards logged themselves is averaged over ranks; what is known of all rows is taken from them.
         logged = Meter()
@@ -101,7 +102,8 @@ class RolloutSource:
         if self._journal is not None:
             with self._clock.part("log"):
                 self._journal.append(rows, found, position=state.position, step=state.step)
-        return rows, found
+        # Not in the journal, whose bytes tell nothing of the time.
+        return rows, found | ({"perf/hidden_reward_seconds": ahead.hidden_seconds} if ahead.on_group else {})
 
     def _say(self, faults: dict[str, UserError]) -> None:
         for name, error in faults.items():

@@ -9,6 +9,8 @@ from tandem.rl.samples import Group, Prompt, Sampling
 
 # Called with (completions finished, completions asked for) as an engine goes along.
 Progress = Callable[[int, int], None]
+# Called in the thread of `generate` with (place in `prompts`, group) once all completions of that group are finished.
+OnGroup = Callable[[int, Group], None]
 
 
 class RolloutEngine(Protocol):
@@ -20,12 +22,22 @@ class RolloutEngine(Protocol):
 
     name: str
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling, *, progress: Progress | None = None) -> list[Group]:
+    def generate(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        progress: Progress | None = None,
+        on_group: OnGroup | None = None,
+    ) -> list[Group]:
         """One group of `sampling.num_generations` completions per prompt, in the order of `prompts`.
 
         A completion's tokens depend on its prompt, its own number within the group, `sampling` and the policy, and
         not on what else is in the batch (up to floating point). `sampling.stop` strings end it with the token that
         completes them; an engine may leave a prompt's own `limit` to its caller.
+
+        `on_group` gets each group at most once, in the order in which they are finished: the very object that is
+        returned in the end. An engine that does not know earlier may leave it out.
         """
         ...
 

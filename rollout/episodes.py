@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from tandem.rl.errors import UserError
 from tandem.rl.samples import Completion, Episode, Group, Messages, Prompt, Sampling
 from tandem.rollout.chat_turns import ChatTurns
-from tandem.rollout.engine import Progress, RolloutEngine
+from tandem.rollout.engine import OnGroup, Progress, RolloutEngine
 from tandem.rollout.environments import Answer, EnvironmentFault, Environments, Session
 from tandem.rollout.random_streams import mixed
 from tandem.rollout.tool_calls import ParsedTurn
@@ -142,7 +142,14 @@ class EpisodeEngine:
     def close(self) -> None:
         self._engine.close()
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling, *, progress: Progress | None = None) -> list[Group]:
+    def generate(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        progress: Progress | None = None,
+        on_group: OnGroup | None = None,
+    ) -> list[Group]:
         """See `RolloutEngine`. The environments of the last call are lent anew from here on.
 
         `sampling.max_completion_length` bounds a whole episode: all turns and what came between them.
@@ -156,15 +163,29 @@ class EpisodeEngine:
             for prompt in prompts
             for sample in range(sampling.num_generations)
         ]
-        self._play(plays, sampling, progress)
         size = sampling.num_generations
-        return [_group(prompt, plays[i * size : (i + 1) * size]) for i, prompt in enumerate(prompts)]
+        groups: dict[int, Group] = {}
+        unfinished = [size] * len(prompts)
+        number_of = {id(play): i // size for i, play in enumerate(plays)}
 
-    def _play(self, plays: list[_Play], sampling: Sampling, progress: Progress | None) -> None:
+        def over(play: _Play) -> None:
+            number = number_of[id(play)]
+            unfinished[number] -= 1
+            if unfinished[number] == 0:
+                groups[number] = _group(prompts[number], plays[number * size : (number + 1) * size])
+                if on_group is not None:
+                    on_group(number, groups[number])
+            if progress:
+                progress(len(plays) - sum(unfinished), len(plays))
+
+        self._play(plays, sampling, over)
+        return [groups[number] for number in range(len(prompts))]
+
+    def _play(self, plays: list[_Play], sampling: Sampling, on_end: Callable[[_Play], None]) -> None:
         table = _Table(Workers(self._limits.num_workers), self._limits.step_timeout)
         for play in plays:
             table.put_to_work(play, "reset")
-        patience, over = _PATIENCE, 0
+        patience = _PATIENCE
         try:
             while table.busy:
                 for play, job in table.ended(patience):
@@ -174,9 +195,7 @@ class EpisodeEngine:
                     elif following == "reward":
                         table.put_to_work(play, "reward")
                     else:
-                        over += 1
-                        if progress:
-                            progress(over, len(plays))
+                        on_end(play)
                 ready, table.ready = table.ready, []
                 if not ready:
                     continue

@@ -16,7 +16,7 @@ import torch
 
 from tandem.rl.errors import RunStopped, UserError, cause
 from tandem.rl.samples import Group, Prompt, Sampling
-from tandem.rollout.engine import Progress, RolloutEngine
+from tandem.rollout.engine import OnGroup, Progress, RolloutEngine
 
 T = TypeVar("T")
 
@@ -46,13 +46,36 @@ class RestartingEngine:
         self._version = 0
         self._deaths: list[str] = []
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling, *, progress: Progress | None = None) -> list[Group]:
-        """See `RolloutEngine`.
+    def generate(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        progress: Progress | None = None,
+        on_group: OnGroup | None = None,
+    ) -> list[Group]:
+        """See `RolloutEngine`. Groups that were handed over before a death are kept, and the others generated again.
 
         Raises:
             EngineDied: for good.
         """
-        return self._insist("generating", lambda engine: engine.generate(prompts, sampling, progress=progress))
+        if on_group is None:
+            return self._insist("generating", lambda engine: engine.generate(prompts, sampling, progress=progress))
+        done: dict[int, Group] = {}
+
+        def others(engine: RolloutEngine) -> list[Group]:
+            left = [place for place in range(len(prompts)) if place not in done]
+
+            def take(number: int, group: Group) -> None:
+                done[left[number]] = group
+                on_group(left[number], group)
+
+            wanted = [prompts[place] for place in left]
+            made = engine.generate(wanted, sampling, progress=progress, on_group=take)
+            done.update(zip(left, made, strict=True))
+            return [done[place] for place in range(len(prompts))]
+
+        return self._insist("generating", others)
 
     def wake(self) -> None:
         """See `RolloutEngine`. Raises EngineDied: for good."""

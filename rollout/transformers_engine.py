@@ -13,7 +13,7 @@ import torch
 from tandem.kernels.sampling import draw, restrict
 from tandem.rl.model import LanguageModel
 from tandem.rl.samples import Completion, Group, Prompt, Sampling
-from tandem.rollout.engine import Progress
+from tandem.rollout.engine import OnGroup, Progress
 from tandem.rollout.random_streams import uniform_stream
 from tandem.rollout.stop_strings import StopStrings
 
@@ -72,15 +72,23 @@ class TransformersEngine:
         """Nothing of its own to free."""
 
     @torch.inference_mode()
-    def generate(self, prompts: list[Prompt], sampling: Sampling, *, progress: Progress | None = None) -> list[Group]:
-        requests = [self._request(p, k, sampling) for p in prompts for k in range(sampling.num_generations)]
+    def generate(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        progress: Progress | None = None,
+        on_group: OnGroup | None = None,
+    ) -> list[Group]:
+        size = sampling.num_generations
+        requests = [self._request(p, k, sampling) for p in prompts for k in range(size)]
+        pending = _Groups(prompts, [requests[i : i + size] for i in range(0, len(requests), size)], on_group)
         wave = self._max_in_flight or max(len(requests), 1)
         for start in range(0, len(requests), wave):
-            self._generate_wave(requests[start : start + wave], sampling)
+            self._generate_wave(requests[start : start + wave], sampling, pending)
             if progress:
                 progress(min(start + wave, len(requests)), len(requests))
-        finished = iter(requests)
-        return [Group(p, [self._completion(next(finished)) for _ in range(sampling.num_generations)]) for p in prompts]
+        return pending.groups()
 
     def _request(self, prompt: Prompt, sample: int, sampling: Sampling) -> _Request:
         # Always of the full length, so that the prompt's own limit cuts a completion and changes nothing before.
@@ -91,11 +99,7 @@ class TransformersEngine:
     def _text(self, ids: list[int]) -> str:
         return str(self._lm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    @staticmethod
-    def _completion(request: _Request) -> Completion:
-        return Completion(request.ids, request.log_probs, request.truncated)
-
-    def _generate_wave(self, requests: list[_Request], sampling: Sampling) -> None:
+    def _generate_wave(self, requests: list[_Request], sampling: Sampling, pending: _Groups) -> None:
         stop = torch.tensor(sorted(sampling.stop_token_ids), device=self._lm.device)
         batch = self._prefill(requests)
         for step in range(sampling.max_completion_length):
@@ -106,6 +110,8 @@ class TransformersEngine:
             ):
                 if request.unfinished:
                     request.add(token, log_prob, end)
+                    if not request.unfinished:
+                        pending.finished(request)
             alive = [i for i, r in enumerate(batch.requests) if r.unfinished]
             if not alive or step + 1 == sampling.max_completion_length:
                 return
@@ -164,6 +170,32 @@ class TransformersEngine:
         else:
             tokens = draw(log_probs, torch.stack([r.uniforms[step] for r in requests]).to(log_probs.device))
         return tokens, log_probs.gather(-1, tokens[:, None])[:, 0]
+
+
+class _Groups:
+    """The groups of a call, handed over one by one as their last completion is finished."""
+
+    def __init__(self, prompts: list[Prompt], requests: list[list[_Request]], on_group: OnGroup | None) -> None:
+        self._prompts, self._requests, self._on_group = prompts, requests, on_group
+        self._number = {id(request): number for number, group in enumerate(requests) for request in group}
+        self._unfinished = [len(group) for group in requests]
+        self._made: dict[int, Group] = {}
+
+    def _make(self, number: int) -> Group:
+        done = [Completion(one.ids, one.log_probs, one.truncated) for one in self._requests[number]]
+        return Group(self._prompts[number], done)
+
+    def finished(self, request: _Request) -> None:
+        number = self._number[id(request)]
+        self._unfinished[number] -= 1
+        if self._unfinished[number] == 0:
+            self._made[number] = self._make(number)
+            if self._on_group is not None:
+                self._on_group(number, self._made[number])
+
+    def groups(self) -> list[Group]:
+        """All of them, in the order of the prompts."""
+        return [self._made.get(number) or self._make(number) for number in range(len(self._prompts))]
 
 
 @dataclass

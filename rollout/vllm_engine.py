@@ -24,11 +24,12 @@ import torch
 from tandem.rl.errors import UserError
 from tandem.rl.model import LanguageModel
 from tandem.rl.samples import Completion, Group, Prompt, Sampling
-from tandem.rollout.engine import Progress
+from tandem.rollout.engine import OnGroup, Progress
 from tandem.rollout.policy_adapter import POLICY_ID, InPlacePush, PolicyNames, buffer_rank, policy_parts
 from tandem.rollout.process_state import on_stream, preserved
 from tandem.rollout.random_streams import mixed
 from tandem.rollout.vllm_plan import VllmOptions, config_folder, kv_cache_bytes
+from tandem.rollout.vllm_steps import generate_stepwise
 from tandem.rollout.vllm_versions import LORA_RANKS
 
 ENVIRONMENT = {
@@ -113,7 +114,14 @@ class VllmEngine:
         push = InPlacePush(self._parts, layers, stacks)
         return lambda name: push()
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling, *, progress: Progress | None = None) -> list[Group]:
+    def generate(
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        *,
+        progress: Progress | None = None,
+        on_group: OnGroup | None = None,
+    ) -> list[Group]:
         """See `RolloutEngine`.
 
         Raises:
@@ -130,15 +138,24 @@ class VllmEngine:
             # vLLM is built without a tokenizer: it would load its own from a folder, and the trainer's is here.
             self._llm.llm_engine.output_processor.tokenizer = self._lm.tokenizer
         request = self._api.LoRARequest(self.policy_name, POLICY_ID, self._lora_path) if self._parts else None
-        bar = ProgressBar.reporting(progress, sampling.num_generations, len(prompts)) if progress else False
+        ids = [{"prompt_token_ids": prompt.ids} for prompt in prompts]
+        params = [self._params(prompt, sampling) for prompt in prompts]
+        groups: dict[int, Group] = {}
+
+        def finished(place: int, output: Any) -> None:
+            groups[place] = group_of(prompts[place], output, sampling)
+            assert on_group is not None
+            on_group(place, groups[place])
+            if progress:
+                progress(len(groups) * sampling.num_generations, len(prompts) * sampling.num_generations)
+
         with preserved(quiet="vllm"), on_stream(self._stream):
-            outputs = self._llm.generate(
-                [{"prompt_token_ids": prompt.ids} for prompt in prompts],
-                [self._params(prompt, sampling) for prompt in prompts],
-                use_tqdm=bar,
-                lora_request=request,
-            )
-        return [group_of(prompt, output, sampling) for prompt, output in zip(prompts, outputs, strict=True)]
+            if on_group is None:
+                bar = ProgressBar.reporting(progress, sampling.num_generations, len(prompts)) if progress else False
+                outputs = self._llm.generate(ids, params, use_tqdm=bar, lora_request=request)
+            else:
+                outputs = generate_stepwise(self._llm, ids, params, lora_request=request, on_output=finished)
+        return [groups.get(i) or group_of(prompts[i], output, sampling) for i, output in enumerate(outputs)]
 
     def _params(self, prompt: Prompt, sampling: Sampling) -> Any:
         greedy = sampling.temperature == 0

@@ -38,6 +38,9 @@ _CREATE_WEIGHTS = (
 )
 _COMMON = (
     Relied("vllm", "LLM.generate", ("prompts", "sampling_params", "use_tqdm", "lora_request")),
+    Relied("vllm", "LLM.enqueue", ("prompts", "sampling_params", "lora_request", "use_tqdm")),
+    Relied("vllm.v1.engine.llm_engine", "LLMEngine.step"),
+    Relied("vllm.v1.engine.llm_engine", "LLMEngine.has_unfinished_requests"),
     Relied("vllm", "LLM.sleep", ("level",)),
     Relied("vllm", "LLM.wake_up", ("tags",)),
     Relied("vllm", "LLM.collective_rpc", ("method", "args")),

@@ -203,7 +203,7 @@ class Script:
         self.batches: list[int] = []
         self.prompts: list[Prompt] = []
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling, *, progress: Any = None) -> list[Group]:
+    def generate(self, prompts: list[Prompt], sampling: Sampling, **more: Any) -> list[Group]:
         assert sampling.num_generations == 1
         time.sleep(self._seconds)
         self.batches.append(len(prompts))

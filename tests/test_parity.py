@@ -232,7 +232,7 @@ class Engine(TransformersEngine):
         super().__init__(lm)
         self._fault, self.calls = fault, 0
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling, *, progress: Any = None) -> list[Group]:
+    def generate(self, prompts: list[Prompt], sampling: Sampling, **more: Any) -> list[Group]:
         self.calls += 1
         return self._fault(self._lm, prompts, sampling)
 

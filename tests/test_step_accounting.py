@@ -127,9 +127,9 @@ def low(completions, **_):
 
 
 class SlowEngine(TransformersEngine):
-    def generate(self, prompts: list[Prompt], sampling: Sampling, *, progress: Any = None) -> list[Group]:
+    def generate(self, prompts: list[Prompt], sampling: Sampling, **more: Any) -> list[Group]:
         time.sleep(SLEEPS["generate"])
-        return super().generate(prompts, sampling, progress=progress)
+        return super().generate(prompts, sampling, **more)
 
     def load_adapter(self, version: int) -> None:
         time.sleep(SLEEPS["adapter"])
