@@ -11,6 +11,10 @@ is what its trainer does between two logs; `parts` are seconds where the system 
 process (see device_watch.py), and `device_gib` is the peak of all that a system used of the device, its context
 included. `allocated_gib` and `reserved_gib` are PyTorch's own peaks, in which vLLM's pool counts also while it sleeps.
 
+By the sources of TRL 1.15 and vLLM 0.24, sleep mode discards vLLM's weights and TRL hands over new ones, but not the
+scales of 4-bit weights: `trl` would then sample from another policy than it trains, which `logp_difference` (mean of
+|engine - trainer|, nats) shows. trl-awake does without sleep mode.
+
 `--longest` instead takes one prompt of LENGTH - 2048 tokens with two completions of 2048 tokens each, with Tandem, up
 to the first length that fails. Without a CUDA device, tandem and trl generate through transformers, which tries the
 benchmark out. Writes `benchmarks/results/grpo-step-DEVICE-DATE.json`, anew after every step.
@@ -35,7 +39,7 @@ from typing import Any
 from device_watch import DeviceWatch
 from update import GIB, RANK, RESULTS, TARGETS, device_facts, header, lines_of, result_path, store
 
-SYSTEMS = ("tandem", "tandem-int4", "tandem-bf16", "trl", "trl-bf16", "unsloth")
+SYSTEMS = ("tandem", "tandem-int4", "tandem-bf16", "trl", "trl-awake", "trl-bf16", "unsloth")
 # vLLM's pool for sleeping cannot be had together with expandable segments.
 SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 COLUMNS = ("step", "seconds", "parts", "tokens_per_s", "allocated_gib", "reserved_gib", "device_gib", "logged", "error")
@@ -174,14 +178,17 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         counted = steps[1:] or steps
         names = list(dict.fromkeys(name for one in counted for name in one["parts"]))
         parts = {name: statistics.median(one["parts"].get(name, 0.0) for one in counted) for name in names}
+        rates = [one["tokens_per_s"] for one in counted if one["tokens_per_s"] is not None]
         peaks = [one["device_gib"] for one in group if one["device_gib"] is not None]
+        apart = [one["logged"].get("sampling/sampling_logp_difference/mean") for one in steps]
         found.append(
             {
                 "system": system, "context": context, "cap_gib": cap, "label": label, "steps": len(steps),
                 "seconds": statistics.median(one["seconds"] for one in counted) if counted else None,
-                "tokens_per_s": statistics.median(one["tokens_per_s"] for one in counted) if counted else None,
+                "tokens_per_s": statistics.median(rates) if rates else None,
                 "parts": {name: round(seconds, 3) for name, seconds in parts.items()},
                 "device_gib": max(peaks, default=None),
+                "logp_difference": max((value for value in apart if value is not None), default=None),
                 "error": next((one["error"] for one in group if one["error"]), None),
             }
         )  # fmt: skip
@@ -351,6 +358,7 @@ def tandem_config(system: str, arguments: argparse.Namespace, folder: str) -> di
     import torch
 
     on_gpu = torch.cuda.is_available()
+    is_quantised(system, arguments.model)
     model: dict[str, Any] = {"model_name_or_path": str(arguments.model.resolve())}
     if on_gpu and system != "tandem-bf16":
         model |= {"load_in_4bit": True, "weight_format": "int4" if system == "tandem-int4" else "nf4"}
@@ -379,6 +387,18 @@ def tandem_config(system: str, arguments: argparse.Namespace, folder: str) -> di
         "parity": {"action": "warn"},
         "checkpoint": {"save_steps": 0},
     }
+
+
+def is_quantised(system: str, model: Path) -> bool:
+    """Whether the checkpoint has 4-bit weights.
+
+    Raises:
+        ValueError: it has, and the system is to run in bfloat16.
+    """
+    quantised = "quantization_config" in json.loads((model / "config.json").read_text(encoding="utf-8"))
+    if quantised and system.endswith("-bf16"):
+        raise ValueError(f"{model} is quantised, and {system} needs a bfloat16 checkpoint")
+    return quantised
 
 
 def shared_settings(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -430,9 +450,9 @@ def trl(system: str, arguments: argparse.Namespace, started: float) -> None:
     from tandem.rl.step_time import StepClock
 
     on_gpu = torch.cuda.is_available()
-    quantised = "quantization_config" in json.loads((arguments.model / "config.json").read_text(encoding="utf-8"))
+    quantised = is_quantised(system, arguments.model)
     quantization = None
-    if on_gpu and system == "trl" and not quantised:
+    if on_gpu and system != "trl-bf16" and not quantised:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -445,7 +465,7 @@ def trl(system: str, arguments: argparse.Namespace, started: float) -> None:
         own = {
             "use_vllm": True,
             "vllm_mode": "colocate",
-            "vllm_enable_sleep_mode": True,
+            "vllm_enable_sleep_mode": system != "trl-awake",
             "vllm_gpu_memory_utilization": vllm_share(arguments, 0.6),
             "vllm_max_model_length": -(-length // 128) * 128,
             "vllm_importance_sampling_mode": "token_truncate",
@@ -513,7 +533,7 @@ def unsloth(system: str, arguments: argparse.Namespace, started: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=model,
-            args=GRPOConfig(**shared_settings(arguments, folder), vllm_sampling_params=sampling, use_vllm=True),
+            args=GRPOConfig(**shared_settings(arguments, folder), vllm_sampling_params=sampling),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             reward_funcs=[alternating],

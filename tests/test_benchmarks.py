@@ -407,10 +407,13 @@ def test_the_summary_leaves_the_first_step_out() -> None:
     rows = [grpo_step.row("trl", known, step=0, seconds=60.0, device_gib=3.0)]
     for step, seconds, part in steps:
         parts = {"generate": part, "idle": seconds - part}
-        rows.append(grpo_step.row("trl", known, step=step, seconds=seconds, parts=parts, tokens_per_s=1 / seconds))
+        values = {"seconds": seconds, "parts": parts, "tokens_per_s": 1 / seconds}
+        logged = {"sampling/sampling_logp_difference/mean": 0.01 * step}
+        rows.append(grpo_step.row("trl", known, step=step, **values, logged=logged))
     rows.append(grpo_step.row("unsloth", known, error="it broke"))
     trl, unsloth = grpo_step.summary(rows)
     assert (trl["seconds"], trl["parts"]["generate"], trl["steps"], trl["device_gib"]) == (3.0, 2.0, 3, 3.0)
+    assert trl["logp_difference"] == 0.03
     assert (unsloth["steps"], unsloth["seconds"], unsloth["error"]) == (0, None, "it broke")
     assert grpo_step.summary(rows[:2])[0]["seconds"] == 9.0
 
