@@ -35,6 +35,7 @@ from tandem.rl.run_length import total_steps
 from tandem.rl.run_lock import run_lock
 from tandem.rl.trackers import NoTrackers, Trackers
 from tandem.rl.trainer import Trainer
+from tandem.rl.unscored import unscored_path
 
 
 def run(config: Config, *, dry_run: bool, console: Console) -> bool:
@@ -61,6 +62,7 @@ def resume(run_dir: Path, config: Config, *, console: Console, accept_changed_da
         if distributed.is_main():
             for change in keep_or_compare(run_dir, inputs.data, accept_changes=accept_changed_data):
                 console.warn(change)
+                unscored_path(run_dir).unlink(missing_ok=True)  # of the old rows
             save_config(config, run_dir / "config.yaml")
         start = (
             f"resuming {run_dir} after step {state.step}"

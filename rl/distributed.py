@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from tandem.rl.metrics import Meter
 from tandem.rl.samples import Sequence
 
 T = TypeVar("T")
@@ -62,6 +63,15 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def over_ranks(meter: Meter) -> dict[str, float]:
+    """The statistics over all ranks' values."""
+    meter.settle()
+    whole = Meter()
+    for part in gather(meter):
+        whole.absorb(part)
+    return whole.result()
 
 
 def broadcast(value: T) -> T:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -80,7 +80,7 @@ class RolloutJournal:
         self.mark = self.before = mark  # behind the rollout that was taken or appended last, and before it
         self._left: Iterator[tuple[Rollout, int]] | None = None
         if size > mark.size:
-            self._left = _whole_rollouts(self.path, mark, note)
+            self._left = whole_rollouts(self.path, mark, note)
 
     def take(self, position: int) -> Rollout | None:
         """The next rollout that was generated but not learned from, if it is the one that comes next."""
@@ -125,8 +125,8 @@ class RolloutJournal:
     def _write(self, file: BinaryIO, rollout: Rollout) -> None:
         start = os.fstat(file.fileno()).st_size
         try:
-            for number in range(len(rollout.rows)):
-                file.write(_line(rollout, number))
+            for line in lines_of(rollout):
+                file.write(line)
             file.flush()
             os.fsync(file.fileno())
         except OSError:
@@ -159,18 +159,30 @@ def read_journal(run_dir: Path, note: Any = print) -> Iterator[Rollout]:
         raise UserError(
             f"{run_dir} has no journal.jsonl", fix="only runs with rollouts and checkpoint.journal=true have one"
         )
-    for rollout, _ in _whole_rollouts(path, Mark(), note):
+    for rollout, _ in whole_rollouts(path, Mark(), note):
         yield rollout
 
 
-def source_of(config: Config) -> str:
-    """Fingerprint of everything in a config that rollouts and what is learned from them depend on."""
-    settings = {k: v for k, v in config.model_dump(mode="json").items() if k not in _IRRELEVANT}
-    del settings["rewards"]["overlap"]
+def source_of(config: Config, *, but: Collection[str] = ()) -> str:
+    """Fingerprint of everything in a config that rollouts and what is learned from them depend on.
+
+    Args:
+        but: further sections that do not matter.
+    """
+    left_out = _IRRELEVANT.union(but)
+    settings = {k: v for k, v in config.model_dump(mode="json").items() if k not in left_out}
+    if "rewards" in settings:
+        del settings["rewards"]["overlap"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # --- lines ------------------------------------------------------------------------------------------------------------
+
+
+def lines_of(rollout: Rollout) -> Iterator[bytes]:
+    """A rollout as it stands in the file."""
+    for number in range(len(rollout.rows)):
+        yield _line(rollout, number)
 
 
 def _line(rollout: Rollout, number: int) -> bytes:
@@ -251,7 +263,7 @@ def _row_of(record: dict[str, Any]) -> Scored:
     )
 
 
-def _whole_rollouts(path: Path, mark: Mark, note: Any) -> Iterator[tuple[Rollout, int]]:
+def whole_rollouts(path: Path, mark: Mark, note: Any) -> Iterator[tuple[Rollout, int]]:
     """Rollouts from `mark` on with the place behind each, up to the first that is not whole."""
     end, rows = mark.size, 0
     rollout: Rollout | None = None

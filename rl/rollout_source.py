@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from tandem.rewards.compose import Scores
+from tandem.rewards.overlap import CallsAhead
+from tandem.rewards.watched import Watched
 from tandem.rl import distributed
 from tandem.rl.checkpoint import State
 from tandem.rl.config import Config
+from tandem.rl.console import Console
 from tandem.rl.errors import UserError
 from tandem.rl.evaluate import Judge, training_sampling
 from tandem.rl.experience import in_order
@@ -14,8 +16,9 @@ from tandem.rl.metrics import Meter, rollout_metrics
 from tandem.rl.prompts import PromptSampler
 from tandem.rl.reward_errors import errors_in_words, failed_everywhere
 from tandem.rl.rollout_journal import RolloutJournal
-from tandem.rl.samples import Prompt, Scored
+from tandem.rl.samples import Group, Prompt, Sampling, Scored
 from tandem.rl.step_time import StepClock
+from tandem.rl.unscored import RewardsFailed, Unscored
 from tandem.rollout.engine import RolloutEngine
 
 
@@ -24,7 +27,7 @@ class RolloutSource:
 
     Args:
         journal: of the process that writes files; None in the others, and where no journal is kept.
-        warn: told when rewards fail and the run goes on, once per rollout, and when a function fails that is only
+        console: told when rewards fail and the run goes on, once per rollout, and when a function fails that is only
             watched, once for each.
     """
 
@@ -39,16 +42,23 @@ class RolloutSource:
         stop_token_ids: tuple[int, ...],
         clock: StepClock,
         journal: RolloutJournal | None,
-        warn: Callable[[str], None],
+        console: Console,
     ) -> None:
         self._config, self._prompts, self._sampler = config, prompts, sampler
         self._engine, self._judge, self._stop_token_ids = engine, judge, stop_token_ids
-        self._clock, self._journal, self._warn = clock, journal, warn
+        self._clock, self._journal, self._warn = clock, journal, console.warn
+        self._unscored = Unscored(journal.path.parent, config, console.note) if journal else None
+        self._resumed = True  # nothing was generated in this process yet
         self._failed: set[str] = set()
         self._failed_before = 0
 
     def next(self, state: State) -> tuple[list[Scored], dict[str, float]]:
-        """The rollout that comes next, and what there is to say of it; the state moves on behind it."""
+        """The rollout that comes next, and what there is to say of it; the state moves on behind it.
+
+        Raises:
+            RewardsFailed: a reward failed, and the run is to stop for it. The state stands before the rollout, whose
+                completions are kept where there is a journal.
+        """
         rows, logged = self._journalled(state) or self._generated(state)
         state.position += self._config.prompts_per_rollout
         self._keep_place(state)
@@ -80,17 +90,11 @@ class RolloutSource:
         config = self._config
         prompts = [self._prompts[i] for i in self._sampler.take(state.position, config.prompts_per_rollout)]
         sampling = training_sampling(config, self._stop_token_ids, config.seed * 1_000_003 + state.position)
-        own = [prompt for i, prompt in enumerate(prompts) if distributed.owned(i)]
-        with self._clock.part("wake"):
-            self._engine.wake()
+        left = self._left_unscored(prompts, state)
         with self._judge.ahead(state.step) as ahead:
-            with self._clock.part("generate"):
-                groups = self._engine.generate(own, sampling, on_group=ahead.on_group)
-            with self._clock.part("sleep", device=True):
-                self._engine.sleep()
+            groups = self._sampled(prompts, sampling, ahead) if left is None else left
             with self._clock.part("reward"):
-                scores = self._judge(groups, state.step, ahead)
-                watched = self._judge.watch(scores.rows, state.step)
+                scores, watched = self._scored(groups, state, ahead if left is None else None)
         rows = in_order(distributed.gather(scores.rows), config.rollout.num_generations)
         # What rewards logged themselves is averaged over ranks; what is known of all rows is taken from them.
         logged = Meter()
@@ -102,8 +106,61 @@ class RolloutSource:
         if self._journal is not None:
             with self._clock.part("log"):
                 self._journal.append(rows, found, position=state.position, step=state.step)
+                if self._unscored is not None:
+                    self._unscored.forget()
         # Not in the journal, whose bytes tell nothing of the time.
         return rows, found | ({"perf/hidden_reward_seconds": ahead.hidden_seconds} if ahead.on_group else {})
+
+    def _sampled(self, prompts: list[Prompt], sampling: Sampling, ahead: CallsAhead) -> list[Group]:
+        """This rank's groups, from the engine."""
+        own = [prompt for i, prompt in enumerate(prompts) if distributed.owned(i)]
+        with self._clock.part("wake"):
+            self._engine.wake()
+        with self._clock.part("generate"):
+            groups = self._engine.generate(own, sampling, on_group=ahead.on_group)
+        with self._clock.part("sleep", device=True):
+            self._engine.sleep()
+        return groups
+
+    def _left_unscored(self, prompts: list[Prompt], state: State) -> list[Group] | None:
+        """This rank's part of what an earlier process has generated for these prompts and could not score.
+
+        Asked for once: what this process has generated in between was drawn by another policy perhaps.
+        """
+        if not self._resumed:
+            return None
+        self._resumed = False
+        found = None
+        if self._unscored is not None:
+            found = self._unscored.take(prompts, position=state.position, step=state.step)
+        found = distributed.broadcast(found)
+        if found is not None and self._needs_environments(found):
+            self._warn("what was not scored is generated anew, since rewards want to see its environments")
+            return None
+        return None if found is None else [group for i, group in enumerate(found) if distributed.owned(i)]
+
+    def _needs_environments(self, groups: list[Group]) -> bool:
+        played = any(c.episode is not None for group in groups for c in group.completions)
+        return played and any("environments" in reward.named() for reward in self._judge.rewards)
+
+    def _scored(self, groups: list[Group], state: State, ahead: CallsAhead | None) -> tuple[Scores, Watched]:
+        """The rewards of this rank's groups; where one fails on any rank, all keep what they have and stop."""
+        fault: UserError | None = None
+        try:
+            scores = self._judge(groups, state.step, ahead)
+        except UserError as error:
+            fault = error
+        faults = [error for error in distributed.gather(fault) if error is not None]
+        if not faults:
+            return scores, self._judge.watch(scores.rows, state.step)
+        then = "rl-train resume the run"
+        if self._config.checkpoint.journal:
+            whole = distributed.interleave(distributed.gather(groups))
+            if self._unscored is not None:
+                self._unscored.keep(whole, position=state.position, step=state.step)
+            then += f", which scores the {sum(len(g.completions) for g in whole)} completions that are kept"
+        fix = f"{faults[0].fix}; then {then}" if faults[0].fix else then
+        raise RewardsFailed(faults[0].problem, reason=faults[0].reason, fix=fix) from fault
 
     def _say(self, faults: dict[str, UserError]) -> None:
         for name, error in faults.items():

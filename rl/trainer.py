@@ -48,6 +48,7 @@ from tandem.rl.step import Objective, PolicyBatch, split_evenly
 from tandem.rl.step_time import StepClock
 from tandem.rl.trackers import Trackers
 from tandem.rl.training_data import TrainingData
+from tandem.rl.unscored import RewardsFailed
 from tandem.rollout.engine import RolloutEngine
 from tandem.rollout.restart import EngineDied
 
@@ -100,7 +101,7 @@ class Trainer:
             stop_token_ids=stop_token_ids,
             clock=self._clock,
             journal=journal,
-            warn=console.warn,
+            console=console,
         )
         self._watch = RewardWatch(config)
         self._parity = ParityGate(lm, config, self._passes.head, engine=engine.name)
@@ -110,9 +111,16 @@ class Trainer:
     # The loop
 
     def fit(self) -> bool:
-        """Train. Returns False if the run was stopped before its end. Raises RunStopped: the engine is dead."""
+        """Train. Returns False if the run was stopped before its end.
+
+        Raises:
+            RunStopped: the engine is dead. RewardsFailed: a reward is. Both leave a checkpoint.
+        """
         try:
             return self._fit()
+        except RewardsFailed:
+            self._save()
+            raise
         except EngineDied as death:
             self._save()
             fix = f"a checkpoint after step {self._state.step} is kept: rl-train resume {self._run_dir}"
@@ -173,7 +181,7 @@ class Trainer:
             examples = [self._data.warmup[i] for i in rows]
             self._or_rewound(partial(self._supervised_update, examples, warmup.learning_rate, meter))
             state.warmup_step += 1
-            metrics = self._merged(meter)
+            metrics = distributed.over_ranks(meter)
             self._console.step(state.warmup_step, metrics)
             self._stop_if_nothing_is_learned(metrics)
         self._console.stop()
@@ -198,7 +206,7 @@ class Trainer:
         for part in self._updates(batch):
             measured |= self._policy_update(part, meter, rows)
         measured |= self._finish_rollout(rows)
-        return measured | self._merged(meter)
+        return measured | distributed.over_ranks(meter)
 
     def _online_iteration(self) -> dict[str, float]:
         """One rollout batch and one step of preference tuning on the best and the worst of every group."""
@@ -211,7 +219,7 @@ class Trainer:
                 answers.ref_log_probs = self._passes.reference(answers.sequences)
         self._preference_update(answers, meter)
         measured |= self._finish_rollout(with_advantages(rows, self._config))
-        return measured | with_margins(self._merged(meter))
+        return measured | with_margins(distributed.over_ranks(meter))
 
     def _finish_rollout(self, rows: list[Scored]) -> dict[str, float]:
         """Hand the new adapter to the engine, look at the completions that it was learned from, and keep them."""
@@ -319,7 +327,7 @@ class Trainer:
         self._preference_update(batch, meter)
         state.position += len(rows)
         state.num_tokens += sum(s.num_tokens for s in batch.sequences)
-        return with_margins(self._merged(meter))
+        return with_margins(distributed.over_ranks(meter))
 
     def _preference_update(self, answers: Answers, meter: Meter) -> None:
         if answers.sequences:
@@ -350,7 +358,7 @@ class Trainer:
         state.step += 1
         state.position += len(rows)
         state.num_tokens += sum(e.num_tokens for e in examples)
-        return self._merged(meter)
+        return distributed.over_ranks(meter)
 
     def _supervised_update(self, examples: list[Sequence], rate: float, meter: Meter) -> None:
         with self._clock.part("backward", device=True):
@@ -358,14 +366,6 @@ class Trainer:
         self._update(rate, meter)
 
     # Shared
-
-    def _merged(self, meter: Meter) -> dict[str, float]:
-        """The statistics over all ranks."""
-        meter.settle()
-        whole = Meter()
-        for part in distributed.gather(meter):
-            whole.absorb(part)
-        return whole.result()
 
     def _update(self, rate: float, meter: Meter) -> None:
         with self._clock.part("optimizer", device=True):

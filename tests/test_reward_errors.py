@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,18 +13,20 @@ from typing import Any
 
 import pytest
 from run_server import RunServer
-from tiny_run import write_place
+from tiny_run import outcome, write_place
 
 from tandem.rewards.base import load_reward
 from tandem.rewards.call import WrongArguments
 from tandem.rewards.compose import Scores, score
 from tandem.rl.config import Config
+from tandem.rl.config_file import parse_config
 from tandem.rl.errors import UserError
 from tandem.rl.experience import best_and_worst, learned_from, with_advantages
 from tandem.rl.journal import read_rollouts
 from tandem.rl.metrics import rollout_metrics
 from tandem.rl.reward_errors import errors_in_words, failed_everywhere
-from tandem.rl.samples import Completion, Group, Prompt
+from tandem.rl.samples import Completion, Episode, Group, Prompt
+from tandem.rl.unscored import Unscored
 
 TEXTS = [["a", "bb", "c"], ["dd", "BAD", "f"], ["g", "hh", "i"]]
 BAD = 4  # the row on which the rewards below fail
@@ -269,6 +272,23 @@ def never(completions, **columns):
 """
 
 
+COUNT_GENERATIONS = """
+from tandem.rollout.transformers_engine import TransformersEngine as Engine
+generate = Engine.generate
+def counted(self, prompts, sampling, *rest, **more):
+    print("GENERATES", sampling.seed, flush=True)
+    return generate(self, prompts, sampling, *rest, **more)
+Engine.generate = counted
+"""
+ONCE_RIGHT = """
+def low(completions, trainer_state, log_metric, **columns):
+    log_metric("long", max(len(c) for c in completions))
+    if BROKEN and trainer_state.global_step == 2:
+        raise ZeroDivisionError("not yet")
+    return [sum(int(w[1:]) < 20 for w in c.split() if w[0] == "w") / max(len(c.split()), 1) for c in completions]
+"""
+
+
 class Place:
     def __init__(self, folder: Path) -> None:
         self.folder, self.server = folder, RunServer(folder)
@@ -329,3 +349,77 @@ def test_a_reward_that_is_out_of_order_ends_the_run(place: Place) -> None:
     assert (state["step"], state["failed_rollouts"]) == (4, 0)
     code, said = place.server.run("resume", run, f"rewards.reward_funcs=[{place.folder}/faulty.py:low]", no_report=True)
     assert code == 0, said
+
+
+def test_no_rollout_is_lost_when_a_reward_ends_the_run(place: Place) -> None:
+    """The completions are scored by the corrected reward, and the end is that of a run whose reward was never wrong."""
+    path = place.folder / "once.py"
+    options = ["rewards.reward_funcs=[once.py:low]", "checkpoint.save_total_limit=null", "checkpoint.save_steps=2"]
+    path.write_text("BROKEN = False" + ONCE_RIGHT)
+    place.run("right", *options)
+    path.write_text("BROKEN = True" + ONCE_RIGHT)
+    said = place.run("wrong", *options, code=2)
+    assert "rl-train resume the run, which scores the 16 completions that are kept" in said
+    run = place.folder / "runs" / "wrong"
+    kept = (run / "unscored.jsonl").read_bytes()
+    assert len(kept.splitlines()) == 16
+    # Another try with the same mistake keeps them.
+    code, said = place.server.run("resume", run, no_report=True, patch=COUNT_GENERATIONS)
+    assert (code, "GENERATES" in said) == (2, False), said
+    assert (run / "unscored.jsonl").read_bytes() == kept
+    path.write_text("BROKEN = False" + ONCE_RIGHT)
+    code, said = place.server.run("resume", run, no_report=True, patch=COUNT_GENERATIONS)
+    assert code == 0, said
+    assert "scoring 16 completions that were generated before" in " ".join(said.split())
+    assert said.count("GENERATES") == 1, "the third rollout"
+    assert not (run / "unscored.jsonl").exists()
+    found, expected = outcome(run), outcome(place.folder / "runs" / "right")
+    for part, value in expected.items():
+        assert found[part] == value, part
+
+
+def test_kept_completions_are_not_scored_where_they_do_not_belong(place: Place) -> None:
+    path = place.folder / "once.py"
+    path.write_text("BROKEN = True" + ONCE_RIGHT)
+    place.run("other", "rewards.reward_funcs=[once.py:low]", code=2)
+    path.write_text("BROKEN = False" + ONCE_RIGHT)
+    run = place.folder / "runs" / "other"
+    before = (run / "unscored.jsonl").read_bytes()
+    results = {}
+    for change in ("rewards.timeout=50", "rollout.temperature=0.9", ""):
+        copy = Path(shutil.copytree(run, run.with_name(f"other-{change.partition('=')[0]}")))
+        if not change:  # a torn file, as a disk may give it back
+            (copy / "unscored.jsonl").write_bytes(before[:-5])
+        arguments = ["resume", copy, change] if change else ["resume", copy]
+        code, said = place.server.run(*arguments, no_report=True, patch=COUNT_GENERATIONS)
+        assert code == 0, said
+        results[change] = said.count("GENERATES")
+        assert not (copy / "unscored.jsonl").exists()
+    assert results == {"rewards.timeout=50": 1, "rollout.temperature=0.9": 2, "": 2}
+
+
+def test_kept_episodes_come_back_with_their_rows(tmp_path: Path) -> None:
+    """What `reset` added to the prompt is kept; the columns are the data set's."""
+    config = parse_config(
+        {
+            "model": {"model_name_or_path": "m"},
+            "data": {"dataset_name": "d"},
+            "rewards": {"reward_funcs": ["x.py:y"]},
+        }
+    )
+    said: list[str] = []
+    chat = [{"role": "user", "content": "q"}]
+    row = Prompt(3, [1, 2], chat, {"answer": "a", "image": object()})
+    episode = Episode([{"role": "assistant", "content": "\ud800"}], 1, turn_rewards=[0.1 + 0.2], reward=0.3)
+    played = Completion([5, 6, 7], [0.0, -0.1 - 0.2, -1e-300], False, [False, True, True], episode)
+    opened = Prompt(3, [1, 2, 9], [{"role": "user", "content": "q: 7"}], row.columns)
+    unscored = Unscored(tmp_path, config, said.append)
+    unscored.keep([Group(opened, [played, played])], position=4, step=2)
+    (group,) = Unscored(tmp_path, config, said.append).take([row], position=4, step=2) or []
+    assert group == Group(opened, [played, played])
+    assert unscored.take([Prompt(4, [1, 2], chat)], position=4, step=2) is None
+    assert unscored.take([row], position=5, step=2) is None
+    assert unscored.take([row], position=4, step=3) is None
+    assert len(said) == 4
+    unscored.forget()
+    assert unscored.take([row], position=4, step=2) is None
