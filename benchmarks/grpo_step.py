@@ -40,9 +40,20 @@ from device_watch import DeviceWatch
 from update import GIB, RANK, RESULTS, TARGETS, device_facts, header, lines_of, result_path, store
 
 SYSTEMS = ("tandem", "tandem-int4", "tandem-bf16", "trl", "trl-awake", "trl-bf16", "unsloth")
-# vLLM's pool for sleeping cannot be had together with expandable segments.
+# PyTorch's allocator is left as a user has it; what PYTORCH_CUDA_ALLOC_CONF says is stored with the result.
 SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-COLUMNS = ("step", "seconds", "parts", "tokens_per_s", "allocated_gib", "reserved_gib", "device_gib", "logged", "error")
+COLUMNS = (
+    "step",
+    "seconds",
+    "parts",
+    "tokens",
+    "tokens_per_s",
+    "allocated_gib",
+    "reserved_gib",
+    "device_gib",
+    "logged",
+    "error",
+)
 LONG_COMPLETION = 2048
 _LOGGED = ("loss", "grad_norm", "reward", "entropy", "completions/", "parity/", "sampling/", "step_time", "perf/")
 
@@ -69,7 +80,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--cap", type=float, default=0.0, metavar="GIB", help="memory of the device; 0: all of it")
     parser.add_argument("--longest", type=int, nargs="+", metavar="LENGTH", help="one step of tandem at each length")
-    parser.add_argument("--micro-batch", type=int, default=4, help="trl, unsloth: completions in a forward pass")
+    parser.add_argument(
+        "--micro-batch", type=int, default=4, help="trl: completions in a forward pass (unsloth: a group)"
+    )
     parser.add_argument("--vllm-share", type=float, help="trl (0.6), unsloth (0.9): share of the cap for vLLM")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="tandem: overrides of its config")
     parser.add_argument("--label", help="stored with every row")
@@ -95,20 +108,23 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
     device = next((json.loads(rest) for kind, rest in said("device", argv, 120) if kind == "DEVICE"), None)
     if device is None:
         raise SystemExit("the device cannot be asked: try python -c 'import torch; torch.cuda.init()'")
-    result = header("grpo_step.py", "grpo-step", argv, device) | {"notes": {}, "rows": []}
+    result = header("grpo_step.py", "grpo-step", argv, device)
+    result |= {"allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), "notes": {}, "rows": []}
     target = result_path(arguments.out or RESULTS, result)
     on_gpu = device["total_gib"] is not None
-    for system, shape in jobs(arguments, argv):
-        name = f"{system} {shape[-1]}" if arguments.longest else system
-        failed = False
-        with DeviceWatch(arguments.cap) if on_gpu else nullcontext() as watch:
+    with DeviceWatch(arguments.cap) if on_gpu else nullcontext() as watch:
+        for system, shape in jobs(arguments, argv):
+            name = f"{system} {shape[-1]}" if arguments.longest else system
+            failed = False
+            if watch is not None:
+                watch.peak_gib()
             for one in rows_of(system, arguments, [*argv, *shape], watch, result["notes"].setdefault(name, [])):
                 print(json.dumps({k: v for k, v in one.items() if v is not None}), flush=True)
                 result["rows"].append(one)
                 store(target, result | {"summary": summary(result["rows"])})
                 failed = failed or one["error"] is not None
-        if arguments.longest and failed:
-            break
+            if arguments.longest and failed:
+                break
     for line in summary(result["rows"]):
         print(json.dumps(line))
     print(target)
@@ -164,7 +180,7 @@ def row(system: str, arguments: argparse.Namespace, **values: Any) -> dict[str, 
         name: getattr(arguments, name) for name in ("prompts", "generations", "prompt_tokens", "completion_tokens")
     }
     context = arguments.prompt_tokens + arguments.completion_tokens
-    return known | shape | {"context": context} | dict.fromkeys(COLUMNS) | values
+    return known | shape | {"context": context} | dict.fromkeys((*COLUMNS, *MEMORY)) | values
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -224,20 +240,31 @@ def say_start(started: float) -> None:
     say("START", {"step": 0, "seconds": round(time.perf_counter() - started, 2)} | own_peaks())
 
 
-def say_step(arguments: argparse.Namespace, step: int, parts: dict[str, float], logged: dict[str, Any]) -> None:
-    """One step's row. Sampled tokens are those that the trainer counted itself, not those that were asked for."""
-    seconds = sum(parts.values())
-    length = logged.get("completions/mean_length")
-    sampled = None if length is None else length * arguments.prompts * arguments.generations
-    kept = {name: value for name, value in logged.items() if name.startswith(_LOGGED) and is_number(value)}
-    values = {
-        "step": step,
-        "seconds": round(seconds, 4),
-        "parts": {name: round(value, 4) for name, value in parts.items()},
-        "tokens_per_s": None if sampled is None else round(sampled / seconds, 1),
-        "logged": kept,
-    }
-    say("ROW", values | own_peaks())
+class StepLines:
+    """Says a row of each step. Tokens are those that the trainer counted itself: a system that changes the batch that
+    it was given is found out."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments, self._before = arguments, 0.0
+
+    def __call__(self, step: int, parts: dict[str, float], logged: dict[str, Any]) -> None:
+        asked = self._arguments
+        seconds, sequences = sum(parts.values()), asked.prompts * asked.generations
+        length, total = logged.get("completions/mean_length"), logged.get("num_tokens")
+        tokens = None if total is None else round(total - self._before)
+        self._before = total or 0.0
+        expected = sequences * (asked.prompt_tokens + asked.completion_tokens)
+        if tokens not in (None, expected):
+            say("NOTE", f"step {step} had {tokens} tokens of prompts and completions, not {expected}")
+        values = {
+            "step": step,
+            "seconds": round(seconds, 4),
+            "parts": {name: round(value, 4) for name, value in parts.items()},
+            "tokens": tokens,
+            "tokens_per_s": None if length is None else round(length * sequences / seconds, 1),
+            "logged": {name: value for name, value in logged.items() if name.startswith(_LOGGED) and is_number(value)},
+        }
+        say("ROW", values | own_peaks())
 
 
 def is_number(value: Any) -> bool:
@@ -322,9 +349,9 @@ def tandem(system: str, arguments: argparse.Namespace, started: float) -> None:
     class Rows(NoTrackers):
         def log(self, step: int, metrics: Any) -> None:
             parts = {name[5:]: value for name, value in metrics.items() if name.startswith("time/")}
-            say_step(arguments, step, parts, dict(metrics))
+            say_step(step, parts, dict(metrics))
 
-    console = Notes(live=False)
+    console, say_step = Notes(live=False), StepLines(arguments)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step.yaml"
         path.write_text(yaml.safe_dump(tandem_config(system, arguments, folder)), encoding="utf-8")
@@ -488,7 +515,7 @@ def trl(system: str, arguments: argparse.Namespace, started: float) -> None:
             reward_funcs=[alternating],
             quantization_config=quantization,
             peft_config=LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, task_type="CAUSAL_LM"),
-            callbacks=[StepRows(clock, lambda *values: say_step(arguments, *values))],
+            callbacks=[StepRows(clock, StepLines(arguments))],
             clock=clock,
         )
         say_start(started)
@@ -525,6 +552,8 @@ def unsloth(system: str, arguments: argparse.Namespace, started: float) -> None:
         use_gradient_checkpointing="unsloth",
         random_state=0,
     )
+    # It wants whole groups in a forward pass, and would make the batch larger to have them.
+    batch = {"per_device_train_batch_size": arguments.generations, "gradient_accumulation_steps": arguments.prompts}
     sampling = SamplingParams(
         temperature=1.0, top_p=1.0, top_k=-1, max_tokens=arguments.completion_tokens, ignore_eos=True
     )
@@ -533,11 +562,11 @@ def unsloth(system: str, arguments: argparse.Namespace, started: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=model,
-            args=GRPOConfig(**shared_settings(arguments, folder), vllm_sampling_params=sampling),
+            args=GRPOConfig(**(shared_settings(arguments, folder) | batch), vllm_sampling_params=sampling),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             reward_funcs=[alternating],
-            callbacks=[StepRows(clock, lambda *values: say_step(arguments, *values))],
+            callbacks=[StepRows(clock, StepLines(arguments))],
         )
         say_start(started)
         trainer.train()

@@ -368,6 +368,8 @@ def test_whole_steps_of_each_system(words_model: Path, tmp_path: Path, monkeypat
             assert {"generate", "backward"} <= set(one["parts"])
             assert one["tokens_per_s"] == pytest.approx(48 / one["seconds"], rel=0.01)
             assert one["logged"]["grad_norm"] > 0
+            assert one["tokens"] == 8 * 18
+    assert not any("tokens of prompts" in note for notes in content["notes"].values() for note in notes)
     rates = [one for one in content["summary"] if one["system"] == "unsloth"]
     assert (rates[0]["steps"], rates[0]["error"].partition(" (in")[0]) == (0, "ImportError: no such card")
 
@@ -416,6 +418,17 @@ def test_the_summary_leaves_the_first_step_out() -> None:
     assert trl["logp_difference"] == 0.03
     assert (unsloth["steps"], unsloth["seconds"], unsloth["error"]) == (0, None, "it broke")
     assert grpo_step.summary(rows[:2])[0]["seconds"] == 9.0
+
+
+def test_a_batch_of_another_size_is_said(capsys: pytest.CaptureFixture) -> None:
+    shape = ["--prompts", "2", "--generations", "2", "--prompt-tokens", "3", "--completion-tokens", "2"]
+    lines = grpo_step.StepLines(grpo_step.parse(["--model", "m", *shape]))
+    lines(1, {"generate": 2.0}, {"num_tokens": 20.0, "completions/mean_length": 2.0})
+    lines(2, {"generate": 2.0}, {"num_tokens": 60.0, "completions/mean_length": 2.0})
+    said = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert [line.partition(" ")[0] for line in said] == ["ROW", "NOTE", "ROW"]
+    assert said[1] == 'NOTE "step 2 had 40 tokens of prompts and completions, not 20"'
+    assert json.loads(said[0].partition(" ")[2])["tokens_per_s"] == 4.0
 
 
 def test_memory_cannot_be_held_back_without_a_device() -> None:
