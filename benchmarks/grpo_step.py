@@ -42,18 +42,8 @@ from update import GIB, RANK, RESULTS, TARGETS, device_facts, header, lines_of, 
 SYSTEMS = ("tandem", "tandem-int4", "tandem-bf16", "trl", "trl-awake", "trl-bf16", "unsloth")
 # PyTorch's allocator is left as a user has it; what PYTORCH_CUDA_ALLOC_CONF says is stored with the result.
 SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-COLUMNS = (
-    "step",
-    "seconds",
-    "parts",
-    "tokens",
-    "tokens_per_s",
-    "allocated_gib",
-    "reserved_gib",
-    "device_gib",
-    "logged",
-    "error",
-)
+COLUMNS = ("step", "seconds", "parts", "tokens", "tokens_per_s", "logged", "error")
+MEMORY = ("allocated_gib", "reserved_gib", "device_gib")
 LONG_COMPLETION = 2048
 _LOGGED = ("loss", "grad_norm", "reward", "entropy", "completions/", "parity/", "sampling/", "step_time", "perf/")
 
