@@ -32,10 +32,10 @@ def correlation(first: Sequence[float | None], second: Sequence[float | None], g
         return None
     a, b, numbers = (np.array(column) for column in zip(*known, strict=True))
     _, group = np.unique(numbers, return_inverse=True)
-    a, b = _centred(a.astype(np.float64), group), _centred(b.astype(np.float64), group)
-    if a is None or b is None:
+    x, y = _centred(a.astype(np.float64), group), _centred(b.astype(np.float64), group)
+    if x is None or y is None:
         return None
-    return float(np.clip((a @ b) / math.sqrt((a @ a) * (b @ b)), -1.0, 1.0))
+    return float(np.clip((x @ y) / math.sqrt((x @ x) * (y @ y)), -1.0, 1.0))
 
 
 def _centred(values: np.ndarray, group: np.ndarray) -> np.ndarray | None:
