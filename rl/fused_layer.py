@@ -1,7 +1,8 @@
 """Packs through decoder layers of which each is one autograd node.
 
 Of the forward pass only the layer's input stays, and where there is room attention's output: in host memory for packs
-that are worth it (`tandem.rl.offload`). The backward pass is written by hand, in `tandem.rl.layer_run`.
+that are worth it (`tandem.rl.offload`). Where the device has room to spare, the widest projections of the last layers
+stay on it too. The backward pass is written by hand, in `tandem.rl.layer_run`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tandem.rl.families import Layer, ModelSpec, Norm, describe
 from tandem.rl.layer_ops import LoraGrads, rms_norm_backward, tiles
 from tandem.rl.layer_run import LayerRun, normed
 from tandem.rl.model import LanguageModel
-from tandem.rl.offload import HostStore, Store, fits, goes_to_host
+from tandem.rl.offload import HostStore, Store, fits, free_on, goes_to_host, layers_beside
 
 # Attention in parts costs little time where each part is long: from these lengths on in two, in four, one by one.
 _GROUPS = ((12_288, 2), (24_576, 4), (49_152, 1 << 30))
@@ -35,11 +36,15 @@ class Plan:
         attention: what the backward pass has of attention. save: its output and log-sum-exp, stored with the layer's
             input (twice the memory, a fifth less time in attention); recompute: nothing, attention runs forward once
             more; auto: save where the store has room for it.
+        projections: whether the backward pass finds queries, keys, values, gate and up, two thirds of what it would
+            compute again. save: of all layers, on the device; recompute: of none; auto: on a GPU of as many layers,
+            from the last, as fit beside everything else.
     """
 
     tile_rows: int = 4096
     groups: int | None = None
     attention: Literal["auto", "save", "recompute"] = "auto"
+    projections: Literal["auto", "save", "recompute"] = "auto"
 
     def groups_for(self, rows: int, kv_heads: int) -> int:
         if self.groups is not None:
@@ -54,8 +59,11 @@ class FusedLayers:
     It lies beside the model (`lm.fused`) and changes neither the model's modules nor any class.
 
     Args:
-        plan: tiles, groups, attention. offload: keep what the backward pass needs in host memory; None: on a GPU, for
-            packs that would leave more than 512 MiB.
+        plan: tiles, groups, attention, projections. offload: keep what the backward pass needs in host memory; None: on
+            a GPU, for packs that would leave more than 512 MiB.
+
+    Attributes:
+        layers_kept: layers whose projections the latest pack kept.
     """
 
     def __init__(self, plan: Plan | None = None, *, offload: bool | None = None) -> None:
@@ -63,6 +71,7 @@ class FusedLayers:
         self.offload = offload
         self.host: HostStore | None = None
         self.near = Store()
+        self.layers_kept = 0
         self._lm: Any = None
         self._spec: ModelSpec | None = None
         if self.plan.tile_rows < 1:
@@ -124,15 +133,17 @@ class FusedLayers:
         first = spec.layer(0)
         store, save = self._store_for(h, spec.num_layers, first)
         groups = plan.groups_for(h.shape[0], first.kv_heads)
+        self.layers_kept = self._layers_to_keep(h, spec.num_layers, first) if torch.is_grad_enabled() else 0
         for index in range(spec.num_layers):
             # Read as late as this, so that the device has work meanwhile.
             layer = spec.layer(index)
-            run = LayerRun(layer, rope[layer.rope], layout, tile_rows=plan.tile_rows, groups=groups)
+            keep = index >= spec.num_layers - self.layers_kept
+            run = LayerRun(layer, rope[layer.rope], layout, tile_rows=plan.tile_rows, groups=groups, keep=keep)
             parameters = layer.parameters
             if torch.is_grad_enabled() and (h.requires_grad or any(p.requires_grad for p in parameters)):
                 h = _LayerNode.apply(h, run, store, save, *parameters)
             else:
-                h, _ = run.forward(h)
+                h = run.forward(h)[0]
         return _NormNode.apply(h, spec.final_norm(), plan.tile_rows)
 
     def _store_for(self, h: torch.Tensor, num_layers: int, layer: Layer) -> tuple[Store, bool]:
@@ -149,6 +160,15 @@ class FusedLayers:
         if self.plan.attention == "auto":
             save = fits(everything, None if on_host else h.device, already=self.host_bytes if on_host else 0)
         return store, save
+
+    def _layers_to_keep(self, h: torch.Tensor, num_layers: int, layer: Layer) -> int:
+        if self.plan.projections != "auto":
+            return num_layers if self.plan.projections == "save" else 0
+        if h.device.type != "cuda":
+            return 0
+        rows, width = h.shape
+        each = rows * h.element_size() * (layer.qkv.size[0] + layer.gate_up.size[0])
+        return layers_beside(free_on(h.device), each, num_layers, rows * width * h.element_size())
 
 
 def _check_groups(groups: int | None, kv_heads: int) -> None:
@@ -179,7 +199,7 @@ class _LayerNode(torch.autograd.Function):
         if not save:
             # Before the layer runs, so that the copy hides behind it.
             ctx.stored = store.put([h])
-        out, attended = run.forward(h)
+        out, attended, ctx.kept = run.forward(h)
         if save:
             ctx.stored = store.put([h, *attended])
         # Holds no memory of its own, and lets autograd see an update between the passes.
@@ -192,10 +212,12 @@ class _LayerNode(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor):
         parameters = ctx.saved_tensors
         h, *attended = ctx.stored.take()
+        kept, ctx.kept = ctx.kept, None
         grads = LoraGrads()
         # The gradient is the sole property of this node: its only consumer is a node of this file, which made it.
         grad = grad.contiguous()
-        ctx.run.backward(h, attended, grad, grads, need_input=ctx.needs_input_grad[0], when_free=ctx.stored.prefetch)
+        need_input, when_free = ctx.needs_input_grad[0], ctx.stored.prefetch
+        ctx.run.backward(h, attended, kept, grad, grads, need_input=need_input, when_free=when_free)
         return (grad if ctx.needs_input_grad[0] else None, None, None, None, *(grads.of(p) for p in parameters))
 
 

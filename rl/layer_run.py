@@ -1,6 +1,6 @@
 """One decoder layer on one pack: its forward pass, and its backward pass written by hand.
 
-The backward pass computes the layer once more and its gradients beside that:
+The backward pass computes the layer once more, but for projections that were kept, and its gradients beside that:
 - rows pass the output projection and the MLP in tiles, whose intermediates never exist for the whole pack;
 - attention runs by groups of KV heads, which are independent of each other, from its stored or recomputed output and
   log-sum-exp: its forward pass is never run for the sake of a graph;
@@ -45,32 +45,47 @@ class Attended(NamedTuple):
     lse: torch.Tensor
 
 
+class Projected(NamedTuple):
+    """What the two widest projections gave, with columns for their adapters behind: before the heads are turned
+    `[T, q + 2k (+ rank)]`, gate and up `[T, 2f (+ rank)]`. The backward pass writes their gradients over them."""
+
+    qkv: torch.Tensor
+    gate_up: torch.Tensor
+
+
 class LayerRun:
     """One layer on one pack.
 
     Args:
         rope: cosines and sines of the pack's positions. tile_rows: rows that pass the MLP at a time.
         groups: parts in which the KV heads are run; a divisor of their number.
+        keep: `forward` keeps its widest projections for `backward`, which then need not be computed once more.
     """
 
-    def __init__(self, layer: Layer, rope: Rope, layout: PackLayout, *, tile_rows: int, groups: int) -> None:
-        self.layer, self.rope, self.layout, self.groups = layer, rope, layout, groups
+    def __init__(
+        self, layer: Layer, rope: Rope, layout: PackLayout, *, tile_rows: int, groups: int, keep: bool = False
+    ) -> None:
+        self.layer, self.rope, self.layout, self.groups, self.keep = layer, rope, layout, groups, keep
         self.tiles = tiles(rope[0].shape[0], tile_rows)
         # There is less beside them in memory, and with half as many calls the host keeps ahead of the device.
         self.forward_tiles = tiles(rope[0].shape[0], 2 * tile_rows)
         self.q_width = layer.query_heads * layer.head_dim
         self.k_width = layer.kv_heads * layer.head_dim
 
-    def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, Attended]:
-        """`[T, d]` -> the layer's output `[T, d]`, and what attention gave on the way."""
-        layer, weights = self.layer, Weights(h.dtype)
-        attended = self.attend(h, weights)
+    def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, Attended, Projected | None]:
+        """`[T, d]` -> the layer's output `[T, d]`, what attention gave on the way, and what is kept of projections."""
+        layer, weights, rows = self.layer, Weights(h.dtype), h.shape[0]
+        kept = None
+        if self.keep:
+            kept = Projected(*(weights.of(block).gradients(rows) for block in (layer.qkv, layer.gate_up)))
+        attended = self._attend(self._heads_of(h, weights, kept and kept.qkv), free=kept is None)
         weights.drop(layer.qkv)
         out = torch.empty_like(h)
         gate_up, down = weights.of(layer.gate_up), weights.of(layer.down)
         for t in self.forward_tiles:
             self._middle(h[t], attended.output[t], weights, out[t])
-            _, both = self._gate_and_up(out[t], weights)
+            both = gate_up.gradients(out[t].shape[0]) if kept is None else kept.gate_up[t]
+            gate_up.forward(self._mlp_inputs(out[t], weights), both[:, : gate_up.out_features])
             width = gate_up.out_features // 2
             products = down.inputs(both.shape[0])
             glu(both[:, :width], both[:, width : 2 * width], layer.activation, products[:, :width])
@@ -80,23 +95,28 @@ class LayerRun:
                 down.add_forward(products, out[t])
             else:
                 out[t] += rms_norm(down.forward(products), layer.mlp_post_norm)
-        return out, attended
+        return out, attended, kept
 
-    def attend(self, h: torch.Tensor, weights: Weights) -> Attended:
-        """Attention's output and log-sum-exp for the layer's input."""
-        layer, block, rows = self.layer, weights.of(self.layer.qkv), h.shape[0]
-        raw = h.new_empty(rows, block.out_features)
+    def _heads_of(self, h: torch.Tensor, weights: Weights, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Queries, keys and values before they are turned, `[T, q + 2k (+ more)]`, in `into` where that is given."""
+        block = weights.of(self.layer.qkv)
+        raw = h.new_empty(h.shape[0], block.out_features) if into is None else into
         for t in self.forward_tiles:
-            block.forward(self._attention_inputs(h[t], weights), raw[t])
+            block.forward(self._attention_inputs(h[t], weights), raw[t][:, : block.out_features])
+        return raw
+
+    def _attend(self, raw: torch.Tensor, *, free: bool) -> Attended:
+        """Attention's output and log-sum-exp; `free`: `raw` is nobody else's and may be written over."""
+        layer, rows = self.layer, raw.shape[0]
         query, key, value = self._heads(raw)
-        rotated(query, layer.query_norm, self.rope, query)
-        rotated(key, layer.key_norm, self.rope, key)
+        query = rotated(query, layer.query_norm, self.rope, query if free else _like(query))
+        key = rotated(key, layer.key_norm, self.rope, key if free else _like(key))
         if self.groups == 1:
             out, lse = self._attention(query, key, value)
             return Attended(out.flatten(1), lse)
-        output = h.new_empty(rows, self.q_width)
-        wide = torch.promote_types(h.dtype, torch.float32)
-        lse = torch.empty(layer.query_heads, rows, dtype=wide, device=h.device)
+        output = raw.new_empty(rows, self.q_width)
+        wide = torch.promote_types(raw.dtype, torch.float32)
+        lse = torch.empty(layer.query_heads, rows, dtype=wide, device=raw.device)
         for q, k in self._groups():
             out, lse[q] = self._attention(query[:, q], key[:, k], value[:, k])
             columns = slice(q.start * layer.head_dim, q.stop * layer.head_dim)
@@ -107,6 +127,7 @@ class LayerRun:
         self,
         h: torch.Tensor,
         stored: list[torch.Tensor],
+        kept: Projected | None,
         grad: torch.Tensor,
         grads: LoraGrads,
         *,
@@ -116,21 +137,31 @@ class LayerRun:
         """Turn `grad` `[T, d]`, the gradient of the output, into that of the input `h`, in place.
 
         Args:
-            stored: the two of what `attend` gave, where they were kept; emptied, so that memory is free when it can be.
+            stored: attention's output and log-sum-exp, where they were kept; emptied, so that memory is free when it
+                can be. kept: what `forward` gave; for this call to write over.
             need_input: without it `grad` is left useless, and only `grads` is filled.
             when_free: called when what the layer before has stored may come back.
         """
         layer, weights = self.layer, Weights(h.dtype)
-        attended = Attended(*stored) if stored else self.attend(h, weights)
+        if stored:
+            attended = Attended(*stored)
+        elif kept is None:
+            attended = self._attend(self._heads_of(h, weights), free=True)
+        else:
+            attended = self._attend(kept.qkv, free=False)
         stored.clear()
         d_output = torch.empty_like(attended.output)
         for t in self.tiles:
-            self._rows_backward(h[t], attended.output[t], grad[t], d_output[t], weights, grads)
+            gate_up = None if kept is None else kept.gate_up[t]
+            self._rows_backward(h[t], attended.output[t], gate_up, grad[t], d_output[t], weights, grads)
+        qkv = None if kept is None else kept.qkv
+        del kept
         for block in (layer.output, layer.gate_up, layer.down):
             grads.finish(block, weights.of(block))
             weights.drop(block)
         rows = h.shape[0]
-        both = self._attention_backward(h, attended, d_output, weights, None if rows >= LATE_ROWS else when_free)
+        before_last = None if rows >= LATE_ROWS else when_free
+        both = self._attention_backward(h, qkv, attended, d_output, weights, before_last)
         del attended, d_output
         if rows >= LATE_ROWS:
             when_free()
@@ -156,24 +187,24 @@ class LayerRun:
         torch.add(h, rms_norm(projected, norm), out=out)
         return xs, projected
 
-    def _gate_and_up(self, middle: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
-        """The MLP's inputs, and gate and up side by side in a buffer for their gradients."""
+    def _mlp_inputs(self, middle: torch.Tensor, weights: Weights) -> torch.Tensor:
         block = weights.of(self.layer.gate_up)
         xs = block.inputs(middle.shape[0])
         rms_norm(middle, self.layer.mlp_norm, out=xs[:, : block.in_features])
         block.complete_inputs(xs)
-        both = block.gradients(middle.shape[0])
-        block.forward(xs, both[:, : block.out_features])
-        return xs, both
+        return xs
 
-    def _rows_backward(self, h, output, grad, d_output, weights: Weights, grads: LoraGrads) -> None:
+    def _rows_backward(self, h, output, both, grad, d_output, weights: Weights, grads: LoraGrads) -> None:
         """Output projection and MLP of some rows: `grad` becomes the gradient of `h` along the residual stream, and
-        `d_output` that of attention's output."""
+        `d_output` that of attention's output. `both`: gate and up, where they were kept."""
         layer = self.layer
         proj, gate_up, down = weights.of(layer.output), weights.of(layer.gate_up), weights.of(layer.down)
         middle = torch.empty_like(h)
         outputs, projected = self._middle(h, output, weights, middle)
-        xs, both = self._gate_and_up(middle, weights)
+        xs = self._mlp_inputs(middle, weights)
+        if both is None:
+            both = gate_up.gradients(middle.shape[0])
+            gate_up.forward(xs, both[:, : gate_up.out_features])
         width = gate_up.out_features // 2
         gate, up = both[:, :width], both[:, width : 2 * width]
         products = down.inputs(h.shape[0])
@@ -203,13 +234,21 @@ class LayerRun:
         proj.backward(dys, d_output)
 
     def _attention_backward(
-        self, h, attended: Attended, d_output: torch.Tensor, weights: Weights, before_last: Callable[[], None] | None
+        self,
+        h: torch.Tensor,
+        both: torch.Tensor | None,
+        attended: Attended,
+        d_output: torch.Tensor,
+        weights: Weights,
+        before_last: Callable[[], None] | None,
     ) -> torch.Tensor:
-        """The gradients of queries, keys and values, in a buffer `[T, q + 2k (+ rank)]`."""
+        """The gradients of queries, keys and values, in a buffer `[T, q + 2k (+ rank)]`; in `both`, where these were
+        kept in it."""
         block = weights.of(self.layer.qkv)
-        both = block.gradients(h.shape[0])
-        for t in self.tiles:
-            block.forward(self._attention_inputs(h[t], weights), both[t][:, : block.out_features])
+        if both is None:
+            both = block.gradients(h.shape[0])
+            for t in self.tiles:
+                block.forward(self._attention_inputs(h[t], weights), both[t][:, : block.out_features])
         heads = self._heads(both)
         for number, (q, k) in enumerate(self._groups(), 1):
             if before_last is not None and number == self.groups:

@@ -1,8 +1,9 @@
 """A pass that runs out of memory is undone and run again with less, so that what is lost is the time of the attempt.
 
-First packs are halved. Where the largest pack is a single sequence, which cannot be cut, the measures of
-`tandem.rl.memory_measures` follow, and when none is left, an error that says what to change. What was found to be
-needed is kept in the run's state, so that neither later steps nor a resumed run try again what does not fit.
+First what only saves time is given up, then packs are halved. Where the largest pack is a single sequence, which
+cannot be cut, the measures of `tandem.rl.memory_measures` follow, and when none is left, an error that says what to
+change. What was found to be needed is kept in the run's state, so that neither later steps nor a resumed run try
+again what does not fit.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tandem.rl import distributed
 from tandem.rl.checkpoint import State
 from tandem.rl.config import TrainConfig
 from tandem.rl.errors import UserError
-from tandem.rl.memory_measures import next_measure, take_measures
+from tandem.rl.memory_measures import next_measure, spare, take_measures
 from tandem.rl.model import LanguageModel
 from tandem.rl.packing import Pack, default_max_tokens
 
@@ -144,11 +145,11 @@ class MemoryGuard:
         """Make the next attempt a smaller one, the same on all ranks."""
         rows = max(gather(_largest(packs(self.max_tokens))))
         half = max(rows // 2, 1)
-        if max(gather(_largest(packs(half)))) < rows:
-            change: dict[str, Any] = {"max_tokens": half}
+        change: dict[str, Any] = next(filter(None, gather(spare(self._lm))), {})
+        if not change and max(gather(_largest(packs(half)))) < rows:
+            change = {"max_tokens": half}
             self._state.halved += 1
-        else:
-            change = next_measure(self._lm, rows, self.chunk_size)
+        change = change or next_measure(self._lm, rows, self.chunk_size)
         if not change:
             raise OutOfMemory(
                 f"out of memory {place}: {failure}",

@@ -27,6 +27,11 @@ def next_measure(lm: LanguageModel, rows: int, chunk_size: int) -> dict[str, Any
     return _of_layers(lm, rows) or _halved("logprob_chunk_size", min(chunk_size, rows), LEAST_CHUNK)
 
 
+def spare(lm: LanguageModel) -> dict[str, Any]:
+    """What to give up before packs are cut, because it was taken of memory that was thought to be left over."""
+    return {"projection_memory": "recompute"} if lm.fused is not None and lm.fused.layers_kept else {}
+
+
 def take_measures(lm: LanguageModel, values: dict[str, Any]) -> None:
     """Run `lm`'s layers by these keys; others are left alone. Nothing that is set already is made larger."""
     if values.get("gradient_checkpointing") and lm.fused is None and lm.checkpoints is None:
@@ -42,6 +47,7 @@ def take_measures(lm: LanguageModel, values: dict[str, Any]) -> None:
         attention=values.get("attention_memory", plan.attention),
         tile_rows=min(values.get("mlp_tile_rows", plan.tile_rows), plan.tile_rows),
         groups=values.get("kv_head_groups", plan.groups),
+        projections=values.get("projection_memory", plan.projections),
     )
 
 

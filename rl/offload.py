@@ -18,6 +18,8 @@ BLOCK_BYTES = 16 << 20
 STAYS_ON_DEVICE = 512 << 20
 # The share of free memory that what a pack leaves between its passes may take.
 HOST_SHARE, DEVICE_SHARE = 0.6, 0.25
+# What may be taken of free device memory to save time alone, and what both passes need before that.
+SPARE_SHARE, WORKING_BYTES, WORKING_STATES = 0.8, 3 << 30, 12
 
 
 def goes_to_host(wanted: bool | None, size: int, device: torch.device) -> bool:
@@ -28,9 +30,27 @@ def goes_to_host(wanted: bool | None, size: int, device: torch.device) -> bool:
 def fits(wanted: int, device: torch.device | None, *, already: int = 0) -> bool:
     """Whether `wanted` bytes may be kept on `device`, or in host memory (None), of which `already` are taken."""
     if device is not None and device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return wanted <= DEVICE_SHARE * free
+        return wanted <= DEVICE_SHARE * free_on(device)
     return wanted <= already + HOST_SHARE * psutil.virtual_memory().available
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes that tensors could still take on a CUDA device: free, or held by PyTorch without use, and allowed."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - allocated
+    return min(free + reserved - allocated, allowed)
+
+
+def layers_beside(free: int, each: int, layers: int, hidden: int) -> int:
+    """How many of `layers` may keep `each` bytes on a device, from the last one on.
+
+    Args:
+        free: what tensors could take. hidden: bytes of a pack's hidden states, of which both passes have some at a
+            time, beside a layer's weights and a chunk of logits.
+    """
+    room = SPARE_SHARE * free - WORKING_BYTES - WORKING_STATES * hidden
+    return max(min(int(room // each), layers), 0)
 
 
 class Stored:

@@ -126,7 +126,7 @@ def attach_layers(lm: LanguageModel, config: Config, console: Console) -> None:
     train, on_gpu = config.train, lm.device.type == "cuda"
     refusal = None
     if train.fused_layers or (train.fused_layers is None and on_gpu):
-        plan = Plan(tile_rows=train.mlp_tile_rows, groups=train.kv_head_groups, attention=train.attention_memory)
+        plan = Plan(train.mlp_tile_rows, train.kv_head_groups, train.attention_memory, train.projection_memory)
         try:
             FusedLayers(plan, offload=train.offload_activations).attach(lm)
             return

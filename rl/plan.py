@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from tandem.rl.config import Config
+from tandem.rl.offload import layers_beside
 from tandem.rl.packing import default_max_tokens
 from tandem.rl.plan_devices import CONTEXT, GIB, Device
 from tandem.rl.plan_memory import (
@@ -25,6 +26,7 @@ from tandem.rl.plan_memory import (
     kv_bytes,
     optimizer_bytes,
     pack_memory,
+    projection_bytes,
     rollout_items,
     setup_of,
     weight_items,
@@ -142,6 +144,18 @@ class Ledger:
     def peak_pack(self) -> Pack:
         """The fullest pack at its peak."""
         return self._pack_of(self.pack)
+
+    @cached_property
+    def spare(self) -> tuple[int, int]:
+        """Layers that keep their projections because memory is left, and the bytes that they take: time is saved by
+        it, and nothing fits less."""
+        each = projection_bytes(self.setup, self.pack)
+        if not each or self.setup.plan.projections != "auto":
+            return 0, 0
+        shape = self.shape
+        free = self.device.memory - sum(self.fixed.values()) - WORKSPACE
+        layers = layers_beside(free, each, shape.layers, self.pack * shape.hidden * self.setup.width)
+        return layers, layers * each
 
     @property
     def host(self) -> Items:

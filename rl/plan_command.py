@@ -55,6 +55,7 @@ def as_dict(sizing: Sizing) -> dict[str, Any]:
             "rollout": None if rollout is None else rollout.items,
             "training": plan.training().items,
             "training_moment": plan.peak_pack.moment,
+            "spare": {"layers": plan.spare[0], "bytes": plan.spare[1]},
             "host": plan.host,
             "kv_bytes_per_token": plan.kv_bytes_per_token if plan.work.generates else None,
         },
@@ -75,6 +76,12 @@ def show(sizing: Sizing, console: Console) -> None:
     console.note(_subject(plan))
     console.table("Device memory, GiB", _memory_rows(plan), ("", "rollout", "training"))
     console.note(f"The peak of training is at: {plan.peak_pack.moment}, with a pack of {plan.pack:,} tokens.")
+    layers, size = plan.spare
+    if layers:
+        console.note(
+            f"What is left keeps projections of {layers} of {plan.shape.layers} layers for the backward pass, "
+            f"{_gib(size)} GiB, to save time (train.projection_memory)."
+        )
     if sizing.chosen:
         console.note(f"Sizes that the config leaves open, as a run chooses them here: {sizing}")
     console.table("What fits", _limit_rows(free))

@@ -79,7 +79,7 @@ def setup_of(shape: ModelShape, config: Config) -> Setup:
         fused=fused,
         checkpointed=not fused and train.gradient_checkpointing is not False,
         offload=train.offload_activations,
-        plan=Plan(train.mlp_tile_rows, train.kv_head_groups, train.attention_memory),
+        plan=Plan(train.mlp_tile_rows, train.kv_head_groups, train.attention_memory, train.projection_memory),
         restricted=rollout.top_k > 0 or rollout.top_p < 1,
         vllm=vllm,
         kv_width=1 if vllm and rollout.kv_cache_dtype == "fp8" else width,
@@ -195,7 +195,8 @@ class Pack:
 
 
 def pack_memory(setup: Setup, rows: int, *, accumulated: bool = True, device: Device | None = None) -> Pack:
-    """A pack of `rows` tokens, forward and backward, nearly all of them scored.
+    """A pack of `rows` tokens, forward and backward, nearly all of them scored. Projections that are kept only because
+    memory is left (`projection_memory: auto`) are not a part of it.
 
     Args:
         accumulated: gradients of an earlier pack of the same step are there already.
@@ -211,7 +212,8 @@ def pack_memory(setup: Setup, rows: int, *, accumulated: bool = True, device: De
     if not (setup.fused or setup.checkpointed):
         kept = rows * _autograd_bytes(setup)
     groups = setup.plan.groups_for(rows, shape.kv_heads) if setup.fused else 1
-    view = _Moments(setup, rows, groups, on_host, saves, kept, accumulated)
+    projections = projection_bytes(setup, rows) if setup.plan.projections == "save" else 0
+    view = _Moments(setup, rows, groups, on_host, saves, kept, accumulated, projections)
     moments = dict(view.fused() if setup.fused else view.plain())
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return Pack(
@@ -233,6 +235,18 @@ def _host_blocks(setup: Setup, rows: int, saves: bool) -> int:
     return sum(-(-size // BLOCK_BYTES) * BLOCK_BYTES for size in tensors)
 
 
+def projection_bytes(setup: Setup, rows: int) -> int:
+    """What one layer keeps that keeps its widest projections; 0 without fused layers."""
+    blocks = setup.shape.projections
+    if not setup.fused or blocks is None:
+        return 0
+    return rows * setup.width * sum(one.rows for one in (*blocks.qkv, *blocks.gate_up))
+
+
+def _free_of_weights(setup: Setup, device: Device) -> int:
+    return device.memory - CONTEXT - LIBRARIES - WORKSPACE - sum(weight_items(setup).values())
+
+
 def _saves(setup: Setup, left: int, on_host: bool, device: Device | None) -> bool:
     if setup.plan.attention != "auto":
         return setup.plan.attention == "save"
@@ -240,8 +254,7 @@ def _saves(setup: Setup, left: int, on_host: bool, device: Device | None) -> boo
         return True
     if on_host:
         return device.host is None or left <= HOST_SHARE * device.host
-    free = device.memory - CONTEXT - LIBRARIES - WORKSPACE - sum(weight_items(setup).values())
-    return left <= DEVICE_SHARE * (free - adapter_bytes(setup.adapter))
+    return left <= DEVICE_SHARE * (_free_of_weights(setup, device) - adapter_bytes(setup.adapter))
 
 
 @dataclass(frozen=True)
@@ -255,6 +268,7 @@ class _Moments:
     saves: bool
     kept: int
     accumulated: bool
+    projections: int
 
     def fused(self) -> Iterable[tuple[str, Items]]:
         yield from self._head()
@@ -356,6 +370,7 @@ class _Moments:
         gradients = adapter_bytes(self.setup.adapter) if self.accumulated else 0
         return {
             "layers' inputs for the backward pass": near * self.kept,
+            "projections for the backward pass": layers * self.projections,
             "positions, ids, log-probs": tables + _TOKEN_BYTES * rows,
             "adapter's gradients": gradients,
         }

@@ -290,6 +290,9 @@ class TrainConfig(Section):
     attention_memory: Literal["auto", "save", "recompute"] = "auto"
     """Fused layers: save attention's output for the backward pass, or recompute it, which takes half the host memory
     and a quarter more time in attention; auto: save where host memory is enough."""
+    projection_memory: Literal["auto", "save", "recompute"] = "auto"
+    """Fused layers: keep queries, keys, values, gate and up for the backward pass on the device, in place of computing
+    them again (a tenth of the time); auto: on a GPU, of as many layers as there is memory left for."""
 
 
 class OptimConfig(Section):

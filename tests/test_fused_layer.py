@@ -162,7 +162,7 @@ def test_every_family_equals_autograd(family):
     made = packs()
     expected = oracle(lm, made)
     assert all(g.abs().max() > 1e-3 for g in expected[1].values())
-    for plan in (Plan(), Plan(7, 4, "recompute"), Plan(16, 2, "save")):
+    for plan in (Plan(), Plan(7, 4, "recompute"), Plan(16, 2, "save"), Plan(7, 2, "save", "save")):
         assert difference(fused(lm, made, plan), expected) < 1e-10
 
 
@@ -177,10 +177,11 @@ GRID = [(1, 1, "auto"), (1, 2, "recompute"), (1, 1, "save")]
 GRID += [*product([7], [1, 2, 4], ["save", "recompute"]), (4096, 1, "recompute"), (4096, 4, "save")]
 
 
+@pytest.mark.parametrize("projections", ["recompute", "save"])
 @pytest.mark.parametrize(("tile_rows", "groups", "attention"), GRID)
-def test_tiles_and_groups_change_nothing(qwen, tile_rows, groups, attention):
+def test_tiles_and_groups_change_nothing(qwen, tile_rows, groups, attention, projections):
     lm, made, expected = qwen
-    assert difference(fused(lm, made, Plan(tile_rows, groups, attention)), expected) < 1e-10
+    assert difference(fused(lm, made, Plan(tile_rows, groups, attention, projections)), expected) < 1e-10
 
 
 def test_long_packs_are_run_in_groups(qwen, monkeypatch):
@@ -503,30 +504,45 @@ def test_a_merged_adapter_is_refused():
 
 
 def test_four_bit_weights():
+    """Against autograd on the weights that bitsandbytes unpacks: its own product may round to bfloat16 on some CPUs."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     import transformers
 
     _register_packed_attention()
-    torch.manual_seed(0)
     sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
-    for layer in model.model.layers:
-        for parent in (layer.self_attn, layer.mlp):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, torch.nn.Linear):
-                    quantised = bitsandbytes.nn.Linear4bit(
-                        child.in_features, child.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
-                    )
-                    quantised.load_state_dict(child.state_dict())
-                    setattr(parent, name, quantised.to("cpu"))
-    model.requires_grad_(False)
-    lm = LanguageModel(model.eval(), SimpleNamespace(), torch.device("cpu"), torch.float32, HeadOptions(), 64)
-    attach_lora(lm, LoraConfig(r=3), seed=0)
-    for _, parameter in trainable(lm):
-        parameter.data.normal_(std=0.1)
+
+    def quantised(child: torch.nn.Linear) -> torch.nn.Module:
+        made = bitsandbytes.nn.Linear4bit(
+            child.in_features, child.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
+        )
+        made.load_state_dict(child.state_dict())
+        return made.to("cpu")
+
+    def unpacked(child: torch.nn.Linear) -> torch.nn.Module:
+        weight = quantised(child).weight
+        child.weight.data = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        return child
+
+    def made_with(change) -> LanguageModel:
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+        for layer in model.model.layers:
+            for parent in (layer.self_attn, layer.mlp):
+                for name, child in list(parent.named_children()):
+                    if isinstance(child, torch.nn.Linear):
+                        setattr(parent, name, change(child))
+        model.requires_grad_(False)
+        lm = LanguageModel(model.eval(), SimpleNamespace(), torch.device("cpu"), torch.float32, HeadOptions(), 64)
+        attach_lora(lm, LoraConfig(r=3), seed=0)
+        generator = torch.Generator().manual_seed(1)
+        for _, parameter in trainable(lm):
+            parameter.data.normal_(std=0.1, generator=generator)
+        return lm
+
+    lm, reference = made_with(quantised), made_with(unpacked)
     assert lm.backbone.layers[0].mlp.up_proj.weight.quant_state is not None
     made = packs()
-    assert difference(fused(lm, made, Plan(16, 2)), oracle(lm, made)) < 1e-3
+    assert difference(fused(lm, made, Plan(16, 2)), oracle(reference, made)) < 1e-4
 
 
 def test_bfloat16_gradients_are_as_good_as_autograds():

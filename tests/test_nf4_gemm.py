@@ -204,4 +204,4 @@ def test_the_triton_code_in_a_fresh_process():
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed, done.stdout
-    assert int(passed[1]) == 19, done.stdout
+    assert int(passed[1]) == 22, done.stdout
