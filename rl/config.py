@@ -142,6 +142,7 @@ class Config(Section):
                 f"algorithm.epsilon_high is {self.algorithm.epsilon_high}: for cispo it is the largest ratio, "
                 "so it must be at least 1, for example 5"
             )
+        self._check_turns()
         if self.environment.factory is not None and not self.rewards.reward_funcs:
             self.rewards.reward_funcs = [RewardSpec(function="environment")]
         if not self.rewards.reward_funcs:
@@ -162,6 +163,30 @@ class Config(Section):
             raise ValueError(
                 f"rollout.max_completion_length ({self.rollout.max_completion_length}) leaves no room for a prompt "
                 f"within model.max_length ({limit})"
+            )
+
+    def _check_turns(self) -> None:
+        algorithm = self.algorithm
+        if algorithm.advantage_level == "episode":
+            if algorithm.turn_discount != 1:
+                raise ValueError(
+                    f"algorithm.turn_discount is {algorithm.turn_discount:g}, which matters for turns only: set "
+                    "algorithm.advantage_level to turn, or leave it out"
+                )
+            return
+        if not self.environment.enabled:
+            raise ValueError(
+                "algorithm.advantage_level is 'turn', and completions are single turns: set environment.factory or "
+                "environment.tools, or use episode"
+            )
+        if algorithm.name != "grpo":
+            raise ValueError(
+                f"algorithm.advantage_level is 'turn', and {algorithm.name} compares whole completions: use episode"
+            )
+        if algorithm.multi_objective_aggregation == "normalize_then_sum":
+            raise ValueError(
+                "algorithm.advantage_level is 'turn', and normalize_then_sum standardises rewards of whole episodes: "
+                "set algorithm.multi_objective_aggregation to sum_then_normalize, or use episode"
             )
 
     def reward_names(self) -> list[str]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import torch
 
 from tandem.rl.advantages import advantages, uniform_groups
 from tandem.rl.config import AlgorithmConfig, Config
 from tandem.rl.distributed import interleave
+from tandem.rl.metrics import applicable_total
 from tandem.rl.preference_step import Answers
 from tandem.rl.samples import Scored, Sequence
 from tandem.rl.step import PolicyBatch
+from tandem.rl.turn_advantages import returns_to_go, turn_advantages, turn_numbers, turn_rewards, turns_of
 
 
 def in_order(parts: list[list[Scored]], num_generations: int) -> list[Scored]:
@@ -35,6 +40,9 @@ def with_advantages(rows: list[Scored], config: Config, penalties: list[float] |
     rewards = np.array([row.reward for row in kept], dtype=np.float64)
     if penalties is not None:
         rewards -= np.array([penalty for penalty, row in zip(penalties, rows, strict=True) if not row.skipped])
+    if config.algorithm.advantage_level == "turn":
+        _fill_in_by_turn(kept, rewards, config)
+        return rows
     names = config.reward_names()
     values = [[np.nan if (v := row.rewards.get(n)) is None else v for n in names] for row in kept]
     result = advantages(
@@ -48,11 +56,45 @@ def with_advantages(rows: list[Scored], config: Config, penalties: list[float] |
     return rows
 
 
+def _fill_in_by_turn(rows: list[Scored], totals: np.ndarray, config: Config) -> None:
+    """The same for every turn. `totals`: `[rows]` rewards of whole episodes."""
+    turns = [turns_of(row.completion) for row in rows]
+    own = {spec.label: spec.weight for spec in config.rewards.reward_funcs if spec.function == "environment"}
+    returns: list[list[float] | None] = []
+    for row, total in zip(rows, totals, strict=True):
+        # The total of a row without a reward is made up from its group, for episodes as a whole.
+        if max(turns) > 1 and math.isnan(applicable_total(row)):
+            returns.append(None)
+            continue
+        weight = next((weight for name, weight in own.items() if row.rewards.get(name) is not None), None)
+        given = turn_rewards(row.completion, float(total), weight)
+        returns.append(returns_to_go(given, config.algorithm.turn_discount))
+    found = turn_advantages(returns, turns, config.rollout.num_generations, config.algorithm)
+    for row, values in zip(rows, found, strict=True):
+        row.turn_advantages = values
+        row.advantage = math.fsum(values) / len(values)
+
+
+def advantages_to(batch: PolicyBatch, rows: list[Scored]) -> None:
+    """Hand the rows' advantages to their sequences, by token where turns have their own."""
+    batch.advantages = [row.advantage for row in rows]
+    if not any(row.turn_advantages for row in rows):
+        return
+    batch.token_advantages = []
+    for row, sequence in zip(rows, batch.sequences, strict=True):
+        known = row.turn_advantages or [0.0] * turns_of(row.completion)  # of a group that is skipped
+        numbers = turn_numbers(row.completion.sampled) if sequence.num_scored else []
+        batch.token_advantages.append(torch.tensor([known[n] for n in numbers], dtype=torch.float64))
+
+
 def learned_from(rows: list[Scored], config: Config) -> list[int]:
     """Rows whose group takes part in the batch: not where a reward failed that leaves its group out, nor, where the
     config says so, where no rewards differ."""
     size = config.rollout.num_generations
     uniform = uniform_groups(np.array([row.reward for row in rows]).reshape(-1, size))
+    if config.algorithm.advantage_level == "turn":  # equal in the whole, and yet different on the way
+        differs = [len(row.turn_advantages) > 1 and any(row.turn_advantages) for row in rows]
+        uniform &= ~np.array(differs).reshape(-1, size).any(axis=1)
     left_out = uniform & config.algorithm.drop_uniform_groups
     return [i for i, row in enumerate(rows) if not row.skipped and not left_out[i // size]]
 

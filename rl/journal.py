@@ -113,6 +113,10 @@ def _record(step: int, row: Scored) -> dict[str, Any]:
         "reward": _finite(row.reward),
         "advantage": _finite(row.advantage),
     }
+    if row.turn_advantages:
+        episode = row.completion.episode
+        record["turn_rewards"] = [_finite(reward) for reward in episode.turn_rewards] if episode else []
+        record["turn_advantages"] = [_finite(value) for value in row.turn_advantages]
     if row.errors:
         record["errors"] = "\n".join(f"{name}: {text}" for name, text in row.errors.items())
     if row.skipped:

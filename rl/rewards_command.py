@@ -44,6 +44,8 @@ _JOURNAL = (
     "rewards",
     "reward",
     "advantage",
+    "turn_rewards",
+    "turn_advantages",
     "errors",
     "skipped",
     "watched",

@@ -220,7 +220,7 @@ def _line(rollout: Rollout, number: int) -> bytes:
 
 
 _COMPLETION = {"ids", "log_probs", "truncated"}
-_SCORED = {"prompt", "completion", "group", "text", "rewards", "reward", "advantage"}
+_SCORED = {"prompt", "completion", "group", "text", "rewards", "reward", "advantage", "turn_advantages"}
 
 
 def _unnamed(value: Completion | Scored, named: set[str]) -> dict[str, Any]:

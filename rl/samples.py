@@ -144,7 +144,8 @@ class Scored:
         text: the completion decoded without special tokens.
         rewards: each reward function's own value by its name; None where a reward does not apply to this row.
         reward: the weighted total.
-        advantage: filled in once the whole batch is scored.
+        advantage: filled in once the whole batch is scored; where turns have their own, the mean of theirs.
+        turn_advantages: of each turn, where the config asks for them (`algorithm.advantage_level`); else empty.
         watched: values of the functions that are only watched, as `rewards`; they are no part of the total.
         errors: rewards that failed on this row, and how, in a line.
         skipped: a reward failed somewhere in its group, which is therefore not learned from.
@@ -160,6 +161,7 @@ class Scored:
     watched: dict[str, float | None] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     skipped: bool = False
+    turn_advantages: list[float] = field(default_factory=list)
 
 
 @dataclass

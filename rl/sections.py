@@ -194,6 +194,11 @@ class AlgorithmConfig(Section):
     advantage_estimator: Literal["group", "rloo", "reinforce_plus_plus"] = "group"
     """group: reward minus the group's mean, scaled by scale_rewards; rloo: minus the mean of the others; unscaled;
     reinforce_plus_plus: standardised over the batch."""
+    advantage_level: Literal["episode", "turn"] = "episode"
+    """turn: with an environment, each turn is learned from by its own reward and those of later turns, compared with
+    the same turn of the group's other episodes; episode: all turns by the episode's reward."""
+    turn_discount: Fraction = 1.0
+    """advantage_level turn: factor γ of the next turn's reward, its square for the one after, and so on."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the standard deviation of the group, of the batch, or not at all (Dr. GRPO)."""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"

@@ -30,6 +30,7 @@ class PolicyBatch:
     Attributes:
         sequences: prompt and sampled tokens; masked-out sequences have no scored token but still count in averages.
         advantages: one per sequence.
+        token_advantages: `[scored tokens]` each, where the tokens of a sequence differ in it; None: they do not.
         rollout_log_probs: the engine's log-probs of the scored tokens.
         old_log_probs: the trainer's log-probs at the time of the rollout, `[scored tokens]` each; None: this is the
             first step after the rollout, so they are those that the step itself computes.
@@ -43,6 +44,7 @@ class PolicyBatch:
     old_log_probs: list[torch.Tensor] | None = None
     ref_log_probs: list[torch.Tensor] | None = None
     entropies: list[torch.Tensor] | None = None
+    token_advantages: list[torch.Tensor] | None = None
 
     def subset(self, indices: list[int]) -> PolicyBatch:
         def pick(values):
@@ -55,6 +57,7 @@ class PolicyBatch:
             pick(self.old_log_probs),
             pick(self.ref_log_probs),
             pick(self.entropies),
+            pick(self.token_advantages),
         )
 
 
@@ -184,7 +187,9 @@ def _policy_tokens(
         return chosen.repeat_interleave(counts, output_size=sum(pack.counts))
 
     old, ref = _joined(batch.old_log_probs, pack, device), _joined(batch.ref_log_probs, pack, device)
-    advantages, token_weight = per_token(batch.advantages), per_token(weights)
+    token_weight = per_token(weights)
+    by_token = _joined(batch.token_advantages, pack, device)
+    advantages = per_token(batch.advantages) if by_token is None else by_token
     numbers = torch.arange(len(pack.counts), device=device)
     sequence = numbers.repeat_interleave(counts, output_size=sum(pack.counts))
 

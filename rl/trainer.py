@@ -24,7 +24,14 @@ from tandem.rl.console import Console
 from tandem.rl.divergence import divergence_error
 from tandem.rl.errors import RunStopped
 from tandem.rl.evaluate import Judge, eval_sampling, evaluate
-from tandem.rl.experience import best_and_worst, kl_penalties, learned_from, policy_batch, with_advantages
+from tandem.rl.experience import (
+    advantages_to,
+    best_and_worst,
+    kl_penalties,
+    learned_from,
+    policy_batch,
+    with_advantages,
+)
 from tandem.rl.guarded_passes import GuardedPasses
 from tandem.rl.journal import write_rollouts
 from tandem.rl.lora import trainable
@@ -199,7 +206,7 @@ class Trainer:
         with self._clock.part("log_probs", device=True):
             batch = self._with_stored_log_probs(batch)
         rows = with_advantages(rows, config, kl_penalties(batch, algorithm))
-        batch.advantages = [row.advantage for row in rows]
+        advantages_to(batch, rows)
         if batch.old_log_probs is not None:
             measured |= self._compared(batch, batch.old_log_probs, rows)
         batch = batch.subset(learned_from(rows, config))
