@@ -140,7 +140,7 @@ def make_row(
         "system": system, "engine": engine, "model": arguments.model.name, "seed": seed,
         "steps": steps[-1]["step"] if steps else 0,
         "score_before": scores[0]["score"] if scores else None,
-        "score_after": scores[-1]["score"] if scores else None,
+        "score_after": scores[-1]["score"] if len(scores) > 1 else None,
         "seconds": round(elapsed, 3), "wall_seconds": None,
         "parts": {name: round(seconds, 3) for name, seconds in parts.items()},
         "reached": reached(curve, arguments.target),
