@@ -8,11 +8,12 @@ import torch
 from tandem.kernels.linear_logprob import HeadOptions
 from tandem.rl import distributed
 from tandem.rl.config import Config
-from tandem.rl.memory_guard import MemoryGuard
+from tandem.rl.memory_guard import MemoryGuard, random_kept
 from tandem.rl.metrics import Meter
 from tandem.rl.model import LanguageModel, with_sampling
 from tandem.rl.packing import Pack, pack
 from tandem.rl.parity import Recorder
+from tandem.rl.plan import Longest
 from tandem.rl.preference_loss import PreferenceOptions
 from tandem.rl.preference_step import Answers, preference_backward, preference_metrics
 from tandem.rl.samples import Sequence
@@ -24,6 +25,7 @@ from tandem.rl.step import (
     supervised_backward,
     supervised_loss,
 )
+from tandem.rl.trial_update import WorstBatch, trial_update
 
 
 class GuardedPasses:
@@ -47,6 +49,22 @@ class GuardedPasses:
     def _sampled(self, *, temperature: float, top_k: int, top_p: float) -> HeadOptions:
         size = self._guard.chunk_size
         return with_sampling(self._lm.head, temperature=temperature, top_k=top_k, top_p=top_p, chunk_size=size)
+
+    def trial(self, longest: Longest, optimizer: torch.optim.Optimizer) -> int:
+        """The largest pack that can come, forward and backward for nothing; returns its tokens."""
+        config, lm = self._config, self._lm
+        completion = max(min(longest.completion, lm.max_length - longest.prompt), 1)
+        worst = WorstBatch.of(config, longest._replace(completion=completion))
+        entropy = config.algorithm.name == "grpo" and config.algorithm.entropy_coef > 0
+
+        def attempt(size: int) -> int:
+            one = worst.pack(size)
+            trial_update(lm, optimizer, one, self.head, entropy=entropy)
+            return one.num_tokens
+
+        place = "in the trial of the largest pack"
+        with random_kept(lm.device):
+            return self._guard.run(attempt, lambda size: [worst.pack(size)], place=place)
 
     # Rollouts
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -34,10 +35,6 @@ _TEXTS = (
     "_STATUS_ALLOC_FAILED",
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",
-)
-_ADVICE = (
-    "shorten rollout.max_completion_length or model.max_length, lower lora.r, or set model.load_in_4bit=true; "
-    "`rl-train plan` says what each would save"
 )
 
 
@@ -73,10 +70,10 @@ class MemoryGuard:
         optimizer: torch.optim.Optimizer,
         *,
         warn: Callable[[str], None],
-        advice: Callable[[], str] | None = None,
+        advice: Callable[[], str],
     ) -> None:
         self._lm, self._state, self._optimizer = lm, state, optimizer
-        self._warn, self._advice = warn, advice or (lambda: _ADVICE)
+        self._warn, self._advice = warn, advice
         self.max_tokens = config.max_tokens or default_max_tokens(lm.device.type)
         self.chunk_size = config.logprob_chunk_size
         self._device = device_label(lm.device)
@@ -170,6 +167,16 @@ class MemoryGuard:
         self.max_tokens = min(values.get("max_tokens", self.max_tokens), self.max_tokens)
         self.chunk_size = min(values.get("logprob_chunk_size", self.chunk_size), self.chunk_size)
         take_measures(self._lm, values)
+
+
+@contextmanager
+def random_kept(device: torch.device) -> Iterator[None]:
+    """What draws random numbers inside leaves the random state as it was."""
+    random = _Random(device)
+    try:
+        yield
+    finally:
+        random.restore()
 
 
 class _Random:

@@ -10,11 +10,12 @@ from tandem.rl.fused_layer import FusedLayers, Plan
 from tandem.rl.inputs import Inputs, with_environments
 from tandem.rl.lora import attach_lora
 from tandem.rl.model import LanguageModel, check_packing, load_model
-from tandem.rl.plan import VLLM_IN_FLIGHT, Longest, changed
+from tandem.rl.plan import VLLM_IN_FLIGHT, changed
 from tandem.rl.plan_command import summary, verdict
 from tandem.rl.plan_devices import gpu_here
 from tandem.rl.plan_shape import read_shape
 from tandem.rl.plan_sizing import choose_sizes
+from tandem.rl.training_data import longest_sequence
 from tandem.rl.weights import resolve_model
 from tandem.rollout.choose_engine import open_engine
 from tandem.rollout.engine import RolloutEngine
@@ -69,7 +70,7 @@ def sized(config: Config, engine: str, inputs: Inputs, console: Console) -> Conf
             read_shape(config.model),
             changed(config, {"rollout": {"engine": engine}}),
             device,
-            longest=longest_sequence(config, inputs),
+            longest=longest_sequence(config, inputs.data),
             evaluated=len(data.eval_prompts) * config.eval.num_generations,
         )
     except UserError as error:
@@ -81,17 +82,6 @@ def sized(config: Config, engine: str, inputs: Inputs, console: Console) -> Conf
     if not sizing.plan.fits():
         console.warn(f"by the plan this run needs more than there is. {verdict(sizing.plan)}")
     return changed(config, sizing.changes)
-
-
-def longest_sequence(config: Config, inputs: Inputs) -> Longest:
-    """The longest sequence of the data; completions that are yet to be sampled count in full."""
-    data = inputs.data
-    if config.uses_rollouts:
-        prompts = [len(p.ids) for p in (*data.prompts, *data.eval_prompts)]
-        return Longest(max(prompts, default=1), config.rollout.max_completion_length)
-    examples = [*(data.answers.sequences if data.answers else data.examples), *data.warmup]
-    one = max(examples, key=lambda e: e.num_tokens)
-    return Longest(len(one.prompt_ids), len(one.completion_ids))
 
 
 def _wanted_engine(config: Config, console: Console) -> str:
@@ -107,7 +97,7 @@ def _wanted_engine(config: Config, console: Console) -> str:
 
 def vllm_options(config: Config, inputs: Inputs) -> VllmOptions:
     rollout = config.rollout
-    longest = sum(longest_sequence(config, inputs)) if config.uses_rollouts else 1
+    longest = sum(longest_sequence(config, inputs.data)) if config.uses_rollouts else 1
     return VllmOptions(
         max_model_len=rollout.max_model_len or -(-longest // 128) * 128,
         max_num_seqs=rollout.max_in_flight or VLLM_IN_FLIGHT,

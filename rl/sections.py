@@ -274,6 +274,9 @@ class TrainConfig(Section):
     max_tokens: Positive | None = None
     """Tokens per pack (micro-batch), a limit on memory and never on the loss; None: on a GPU 16384,
     fewer where the plan says that this does not fit, and no fewer than the longest sequence; 4096 on a CPU."""
+    worst_case_first: bool | Literal["auto"] = "auto"
+    """Before anything else run one pack as large as packs can become, with the longest sequences that there can be, and
+    throw the result away, so that memory ends in the first minute or not at all; auto: on a GPU."""
     share_prefix: bool = True
     """Compute a group's prompt once per pack for all its completions (exact gradients, fewer tokens)."""
     logprob_chunk_size: Positive = 1024

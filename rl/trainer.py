@@ -35,6 +35,7 @@ from tandem.rl.experience import (
 from tandem.rl.guarded_passes import GuardedPasses
 from tandem.rl.journal import write_rollouts
 from tandem.rl.lora import trainable
+from tandem.rl.memory_advice import memory_advice
 from tandem.rl.memory_guard import MemoryGuard, OutOfMemory
 from tandem.rl.metrics import Meter
 from tandem.rl.model import LanguageModel
@@ -54,7 +55,7 @@ from tandem.rl.samples import Scored, Sequence
 from tandem.rl.step import Objective, PolicyBatch, split_evenly
 from tandem.rl.step_time import StepClock
 from tandem.rl.trackers import Trackers
-from tandem.rl.training_data import TrainingData
+from tandem.rl.training_data import TrainingData, longest_sequence
 from tandem.rl.unscored import RewardsFailed
 from tandem.rollout.engine import RolloutEngine
 from tandem.rollout.restart import EngineDied
@@ -68,7 +69,6 @@ class Trainer:
     Args:
         should_stop: asked after every step; True ends the run with a checkpoint.
         journal: takes every rollout before it is learned from, and gives those that were not yet; None: none is kept.
-        memory_advice: what to change in the config where memory is too small, asked only then.
     """
 
     def __init__(
@@ -88,14 +88,14 @@ class Trainer:
         should_stop: Callable[[], bool],
         objective: Objective = policy_loss,
         journal: RolloutJournal | None = None,
-        memory_advice: Callable[[], str] | None = None,
     ) -> None:
         self._config, self._run_dir = config, run_dir
         self._lm, self._engine, self._data, self._judge = lm, engine, data, judge
         self._stop_token_ids = stop_token_ids
         self._optimizer, self._parameters = optimizer, trainable(lm)
         self._state, self._trackers, self._console, self._should_stop = state, trackers, console, should_stop
-        self._guard = MemoryGuard(lm, config.train, state, optimizer, warn=console.warn, advice=memory_advice)
+        advice = partial(memory_advice, config, longest_sequence(config, data))
+        self._guard = MemoryGuard(lm, config.train, state, optimizer, warn=console.warn, advice=advice)
         self._passes = GuardedPasses(config, lm, self._guard, objective)
         self._sampler = PromptSampler(data.num_rows, seed=config.seed, shuffle=config.data.shuffle_dataset)
         self._clock = StepClock(torch.cuda.synchronize if lm.device.type == "cuda" else None, on_part=console.part)
@@ -135,6 +135,7 @@ class Trainer:
 
     def _fit(self) -> bool:
         state, config = self._state, self._config
+        self._try_largest_pack()
         if not self._warm_up():
             return False
         self._load_reference()
@@ -170,6 +171,16 @@ class Trainer:
         if distributed.is_main():
             save_final_adapter(self._run_dir, self._lm)
         return finished
+
+    def _try_largest_pack(self) -> None:
+        """Whether memory is enough for the largest pack that can come, before anything is spent on the run."""
+        wanted = self._config.train.worst_case_first
+        if not wanted or (wanted == "auto" and self._lm.device.type != "cuda"):
+            return
+        self._engine.sleep()
+        longest = longest_sequence(self._config, self._data)
+        tokens = self._passes.trial(longest, self._optimizer)
+        self._console.note(f"the largest pack that can come, of {tokens:,} tokens, fits")
 
     def _warm_up(self) -> bool:
         """Supervised steps on the same adapter before RL; False if stopped on the way."""

@@ -20,7 +20,7 @@ from tiny_run import outcome, write_lines, write_place
 # packs before it are there, or in its forward pass. Prints what fails.
 SMALL_DEVICE = """
 import torch
-from tandem.rl import step, preference_step
+from tandem.rl import preference_step, step, trial_update
 real = step.pack_log_probs
 def limited(lm, pack, head):
     where = WHERE if torch.is_grad_enabled() else "forward"
@@ -36,7 +36,7 @@ def limited(lm, pack, head):
     if large:
         scores.log_probs.register_hook(fail)
     return scores
-step.pack_log_probs = preference_step.pack_log_probs = limited
+step.pack_log_probs = preference_step.pack_log_probs = trial_update.pack_log_probs = limited
 """
 # Nothing fits from the so-manieth update on.
 GONE = """
@@ -192,3 +192,36 @@ def test_where_nothing_helps_the_run_ends_with_a_checkpoint_and_can_go_on(place:
     assert "after step 2" in said
     assert "out of memory" not in said
     same_but_for_the_size(run, sound)
+
+
+# --- the largest pack, tried first -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", ["rl", "sft"])
+def test_a_trial_changes_no_byte(place: Place, phase: str) -> None:
+    """Not even with dropout, whose random numbers the trial draws too."""
+    chosen = (*PHASES["sft"], "lora.lora_dropout=0.5", "eval.dataset_name=null") if phase == "sft" else ()
+    tried, said = place.run(f"tried_{phase}", *chosen, "train.worst_case_first=true", "train.max_steps=4")
+    plain, unsaid = place.run(f"plain_{phase}", *chosen, "train.max_steps=4")
+    # Two groups an update: a prompt of two words, four answers of three, of which the last predicts nothing.
+    tokens = 20 if phase == "rl" else 16  # eight examples of a word, a word and an end
+    assert f"the largest pack that can come, of {tokens} tokens, fits" in said
+    assert "largest pack" not in unsaid
+    if phase == "rl":
+        same_but_for_the_size(tried, plain)
+    for name in ("adapter/adapter_model.safetensors", "checkpoints/step_000004/optimizer.safetensors"):
+        assert (tried / name).read_bytes() == (plain / name).read_bytes()
+
+
+def test_memory_that_ends_ends_in_the_trial(place: Place) -> None:
+    """Nothing is generated before it, and what the trial has found is kept."""
+    run, said = place.run("tried_small", *UPDATE_ONLY, "train.worst_case_first=true", patch=small_device(12))
+    assert "warning: out of memory in the trial of the largest pack" in said
+    assert said.index("fits") < said.index("held-out score after 0 steps")
+    assert failures(said) == [40, 20]
+    state = json.loads((run / "checkpoints/step_000006/state.json").read_text())
+    small, _ = place.run("tried_oracle", *UPDATE_ONLY, f"train.max_tokens={state['reduced']['max_tokens']}")
+    same_but_for_the_size(run, small)
+    never, said = place.run("tried_never", "train.worst_case_first=true", patch=small_device(1), code=2)
+    assert "out of memory in the trial of the largest pack: 2.50 GiB asked for" in said
+    assert not never.exists(), "a run that fails before its first step leaves no folder"
