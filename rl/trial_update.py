@@ -50,15 +50,16 @@ class WorstBatch:
         """The fullest pack of at most `max_tokens` tokens: sequences of full length, and one to fill it up. It is
         larger where one sequence is, and smaller where the whole batch is."""
         prompt, completion = self.longest
-        length = prompt + completion
+        inputs = completion - 1  # the last token predicts nothing and is left out
+        length = prompt + inputs
         prompts = -(-self.count // self.group) if self.shared else self.count
-        room = max(length, min(max_tokens, prompts * prompt + self.count * completion))
+        room = max(length, min(max_tokens, prompts * prompt + self.count * inputs))
         sequences: list[Sequence] = []
-        while (cost := completion if self.shared and len(sequences) % self.group else length) <= room:
+        while room and (cost := inputs if self.shared and len(sequences) % self.group else length) <= room:
             sequences.append(_sequence(prompt, completion, family=len(sequences) // self.group if self.shared else -1))
             room -= cost
-        if room > 1:
-            sequences.append(_sequence(1, room - 1))
+        if room:
+            sequences.append(_sequence(1, room))
         (one,) = pack(sequences, max(length, max_tokens))
         return one
 

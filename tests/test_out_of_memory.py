@@ -16,6 +16,11 @@ import pytest
 from run_server import RunServer
 from tiny_run import outcome, write_lines, write_place
 
+from tandem.rl.packing import pack
+from tandem.rl.plan import Longest
+from tandem.rl.samples import Sequence
+from tandem.rl.trial_update import WorstBatch
+
 # A device that holds packs of so many tokens: a larger one fails in its backward pass, which is when gradients of the
 # packs before it are there, or in its forward pass. Prints what fails.
 SMALL_DEVICE = """
@@ -211,6 +216,20 @@ def test_a_trial_changes_no_byte(place: Place, phase: str) -> None:
         same_but_for_the_size(tried, plain)
     for name in ("adapter/adapter_model.safetensors", "checkpoints/step_000004/optimizer.safetensors"):
         assert (tried / name).read_bytes() == (plain / name).read_bytes()
+
+
+@pytest.mark.parametrize("max_tokens", [1, 29, 30, 64, 100, 333, 4096])
+@pytest.mark.parametrize(("prompt", "completion"), [(10, 20), (1, 1), (25, 5)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_trial_s_pack_is_the_fullest_there_can_be(max_tokens, prompt, completion, shared) -> None:
+    """As full as `max_tokens`, unless the batch has fewer tokens or one sequence more; never fuller."""
+    one = WorstBatch(Longest(prompt, completion), 12, 4, shared).pack(max_tokens)
+    batch = [Sequence([0] * prompt, [1] * completion, [True] * completion, family=i // 4) for i in range(12)]
+    (whole,) = pack(batch, 1 << 20, share_prefix=shared)
+    alone = prompt + completion - 1
+    assert one.num_tokens == max(alone, min(max_tokens, whole.num_tokens))
+    # And it contains a sequence of full length.
+    assert max(one.position_ids) == alone - 1
 
 
 def test_memory_that_ends_ends_in_the_trial(place: Place) -> None:
