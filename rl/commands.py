@@ -23,6 +23,7 @@ from tandem.rl.experience import policy_batch, with_advantages
 from tandem.rl.inputs import Inputs, prepare, prepare_replay
 from tandem.rl.journal import drop_after, write_rollouts
 from tandem.rl.lora import load_adapter, trainable
+from tandem.rl.memory_metrics import MemoryMeter, planned_memory
 from tandem.rl.open_model import open_model
 from tandem.rl.optim import make_optimizer
 from tandem.rl.parity import check_engine
@@ -35,6 +36,7 @@ from tandem.rl.run_length import total_steps
 from tandem.rl.run_lock import run_lock
 from tandem.rl.trackers import NoTrackers, Trackers
 from tandem.rl.trainer import Trainer
+from tandem.rl.training_data import longest_sequence
 from tandem.rl.unscored import unscored_path
 
 
@@ -271,7 +273,8 @@ def _train(
         finished = trainer.fit()
         elapsed = time.perf_counter() - started
         if finished:
-            trackers.summary(_summary(config, run_dir, state))
+            memory = _memory(trainer.memory, planned_memory(config, longest_sequence(config, inputs.data)))
+            trackers.summary(_summary(config, run_dir, state) | memory)
     engine.close()
     if not finished:
         console.note(f"stopped after step {state.step} with a checkpoint; go on with: rl-train resume {run_dir}")
@@ -346,8 +349,15 @@ def _summary(config: Config, run_dir: Path, state: State) -> dict[str, Any]:
         "seconds": round(state.seconds, 3),
         "tokens_per_second": round(state.num_tokens / state.seconds, 1) if state.seconds else None,
         "skipped_updates": state.skipped_updates,
+        "halved_packs": state.halved,
         "adapter": str(run_dir / "adapter"),
     }
+
+
+def _memory(measured: MemoryMeter, planned: dict[str, float]) -> dict[str, Any]:
+    """The highest that each phase took of a GPU, and what the plan says, in GiB; nothing on a CPU."""
+    found = measured.summary()
+    return {"memory": {"measured": found, "planned": planned}} if found else {}
 
 
 def _show_result(

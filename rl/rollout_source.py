@@ -12,6 +12,7 @@ from tandem.rl.console import Console
 from tandem.rl.errors import UserError
 from tandem.rl.evaluate import Judge, training_sampling
 from tandem.rl.experience import in_order
+from tandem.rl.memory_metrics import MemoryMeter
 from tandem.rl.metrics import Meter, rollout_metrics
 from tandem.rl.prompts import PromptSampler
 from tandem.rl.reward_errors import errors_in_words, failed_everywhere
@@ -41,11 +42,13 @@ class RolloutSource:
         judge: Judge,
         stop_token_ids: tuple[int, ...],
         clock: StepClock,
+        memory: MemoryMeter,
         journal: RolloutJournal | None,
         console: Console,
     ) -> None:
         self._config, self._prompts, self._sampler = config, prompts, sampler
         self._engine, self._judge, self._stop_token_ids = engine, judge, stop_token_ids
+        self._memory = memory
         self._clock, self._journal, self._warn = clock, journal, console.warn
         self._unscored = Unscored(journal.path.parent, config, console.note) if journal else None
         self._resumed = True  # nothing was generated in this process yet
@@ -116,7 +119,7 @@ class RolloutSource:
         own = [prompt for i, prompt in enumerate(prompts) if distributed.owned(i)]
         with self._clock.part("wake"):
             self._engine.wake()
-        with self._clock.part("generate"):
+        with self._clock.part("generate"), self._memory.phase("rollout"):
             groups = self._engine.generate(own, sampling, on_group=ahead.on_group)
         with self._clock.part("sleep", device=True):
             self._engine.sleep()

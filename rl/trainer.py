@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from tandem.rl.journal import write_rollouts
 from tandem.rl.lora import trainable
 from tandem.rl.memory_advice import memory_advice
 from tandem.rl.memory_guard import MemoryGuard, OutOfMemory
+from tandem.rl.memory_metrics import MemoryMeter
 from tandem.rl.metrics import Meter
 from tandem.rl.model import LanguageModel
 from tandem.rl.optim import allocate_moments, apply_gradients, learning_rate
@@ -99,6 +101,7 @@ class Trainer:
         self._passes = GuardedPasses(config, lm, self._guard, objective)
         self._sampler = PromptSampler(data.num_rows, seed=config.seed, shuffle=config.data.shuffle_dataset)
         self._clock = StepClock(torch.cuda.synchronize if lm.device.type == "cuda" else None, on_part=console.part)
+        self.memory = MemoryMeter.of(lm.device)
         self._rollouts = RolloutSource(
             config,
             data.prompts,
@@ -107,6 +110,7 @@ class Trainer:
             judge=judge,
             stop_token_ids=stop_token_ids,
             clock=self._clock,
+            memory=self.memory,
             journal=journal,
             console=console,
         )
@@ -179,8 +183,11 @@ class Trainer:
             return
         self._engine.sleep()
         longest = longest_sequence(self._config, self._data)
-        tokens = self._passes.trial(longest, self._optimizer)
-        self._console.note(f"the largest pack that can come, of {tokens:,} tokens, fits")
+        with self.memory.phase("trial"):
+            tokens = self._passes.trial(longest, self._optimizer)
+        taken = self.memory.lap().get("memory/peak_allocated/trial")
+        peak = "" if taken is None else f", with {taken:.2f} GiB at its peak"
+        self._console.note(f"the largest pack that can come, of {tokens:,} tokens, fits{peak}")
 
     def _warm_up(self) -> bool:
         """Supervised steps on the same adapter before RL; False if stopped on the way."""
@@ -214,7 +221,7 @@ class Trainer:
         config, algorithm, meter = self._config, self._config.algorithm, Meter()
         rows, measured = self._rollouts.next(self._state)
         batch = policy_batch(rows, mask_truncated=algorithm.mask_truncated_completions)
-        with self._clock.part("log_probs", device=True):
+        with self._update_part("log_probs"):
             batch = self._with_stored_log_probs(batch)
         rows = with_advantages(rows, config, kl_penalties(batch, algorithm))
         advantages_to(batch, rows)
@@ -232,7 +239,7 @@ class Trainer:
         rows, measured = self._rollouts.next(self._state)
         measured |= self._compared_apart(rows)
         answers = best_and_worst(rows, self._config.rollout.num_generations)
-        with self._clock.part("log_probs", device=True):
+        with self._update_part("log_probs"):
             if answers.sequences and needs_reference(self._config.preference.loss_type):
                 answers.ref_log_probs = self._passes.reference(answers.sequences)
         self._preference_update(answers, meter)
@@ -277,7 +284,7 @@ class Trainer:
 
     def _policy_update(self, batch: PolicyBatch, meter: Meter, rows: list[Scored]) -> dict[str, float]:
         """One optimiser step; returns how far engine and trainer are apart, where this step is the first to know."""
-        with self._clock.part("backward", device=True):
+        with self._update_part("backward"):
             log_probs = self._passes.policy(batch, meter)
         measured: dict[str, float] = {}
         if batch.old_log_probs is None:
@@ -349,7 +356,7 @@ class Trainer:
 
     def _preference_update(self, answers: Answers, meter: Meter) -> None:
         if answers.sequences:
-            with self._clock.part("backward", device=True):
+            with self._update_part("backward"):
                 self._passes.preference(answers, meter)
         self._update(learning_rate(self._state.step, self.total_steps, self._config.optim), meter)
         self._state.step += 1
@@ -379,14 +386,19 @@ class Trainer:
         return distributed.over_ranks(meter)
 
     def _supervised_update(self, examples: list[Sequence], rate: float, meter: Meter) -> None:
-        with self._clock.part("backward", device=True):
+        with self._update_part("backward"):
             self._passes.supervised(examples, meter)
         self._update(rate, meter)
 
     # Shared
 
+    @contextmanager
+    def _update_part(self, name: str) -> Iterator[None]:
+        with self._clock.part(name, device=True), self.memory.phase("update"):
+            yield
+
     def _update(self, rate: float, meter: Meter) -> None:
-        with self._clock.part("optimizer", device=True):
+        with self._update_part("optimizer"):
             self._guard.once(partial(allocate_moments, self._optimizer), "the optimiser's state")
             norm = apply_gradients(
                 self._optimizer, self._parameters, rate=rate, max_grad_norm=self._config.optim.max_grad_norm
@@ -477,6 +489,4 @@ class Trainer:
         parts = self._clock.lap()
         metrics["step_time"] = math.fsum(parts.values())
         metrics |= {f"time/{name}": seconds for name, seconds in parts.items()}
-        if self._lm.device.type == "cuda":
-            metrics["perf/max_memory_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return metrics
+        return metrics | self.memory.lap()

@@ -1,0 +1,113 @@
+"""What the phases of a step take of a GPU, measured, beside what the plan says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+
+from tandem.rl.config import Config
+from tandem.rl.errors import UserError
+from tandem.rl.plan import Longest, ledger
+from tandem.rl.plan_devices import gpu_here
+from tandem.rl.plan_shape import read_shape
+
+_GIB = 1 << 30
+
+
+class Reading(NamedTuple):
+    """Bytes: the highest that tensors and that PyTorch's allocator held since the last reset, and what all processes
+    and libraries hold of the device now."""
+
+    peak_allocated: int
+    reserved: int
+    device: int
+
+
+class Gauge(Protocol):
+    """Where readings come from."""
+
+    def reset(self) -> None: ...
+
+    def read(self) -> Reading: ...
+
+
+class CudaGauge:
+    """The gauge of one CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def read(self) -> Reading:
+        free, total = torch.cuda.mem_get_info(self._device)
+        peak, reserved = torch.cuda.max_memory_allocated(self._device), torch.cuda.max_memory_reserved(self._device)
+        return Reading(peak, reserved, total - free)
+
+
+class MemoryMeter:
+    """The highest readings of each phase, of a step and of the whole run.
+
+    Args:
+        gauge: None: nothing is measured, as on a CPU.
+    """
+
+    def __init__(self, gauge: Gauge | None) -> None:
+        self._gauge = gauge
+        self._step: dict[str, Reading] = {}
+        self.run: dict[str, Reading] = {}
+
+    @classmethod
+    def of(cls, device: torch.device) -> MemoryMeter:
+        return cls(CudaGauge(device) if device.type == "cuda" else None)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What is reached inside belongs to the phase; phases do not lie within each other. What does not come to its
+        end is not counted."""
+        if self._gauge is None:
+            yield
+            return
+        self._gauge.reset()
+        yield
+        found = self._gauge.read()
+        for known in (self._step, self.run):
+            known[name] = Reading(*map(max, found, known.get(name, found)))
+
+    def lap(self) -> dict[str, float]:
+        """Metrics since the last lap, in GiB: `memory/peak_allocated/PHASE` and so on."""
+        step, self._step = self._step, {}
+        return {
+            f"memory/{kind}/{phase}": size / _GIB
+            for phase, reading in step.items()
+            for kind, size in reading._asdict().items()
+        }
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """The highest of the whole run by phase, in GiB."""
+        return {
+            phase: {kind: round(size / _GIB, 3) for kind, size in reading._asdict().items()}
+            for phase, reading in self.run.items()
+        }
+
+
+def planned_memory(config: Config, longest: Longest) -> dict[str, float]:
+    """What the plan says of the phases on the GPU that is here, in GiB; empty without one, or without a plan.
+
+    Args:
+        config: with the sizes that the run has.
+    """
+    device = gpu_here()
+    if device is None:
+        return {}
+    try:
+        plan = ledger(read_shape(config.model), config, device, longest)
+    except UserError:
+        return {}
+    rollout = plan.rollout()
+    phases = {"update": plan.training().bytes} | ({} if rollout is None else {"rollout": rollout.bytes})
+    return {phase: round(size / _GIB, 3) for phase, size in phases.items()}
