@@ -101,7 +101,7 @@ def _write_whole_folder(folder: Path, lm: LanguageModel, optimizer: torch.optim.
     folder.mkdir(parents=True)
     save_adapter(lm, folder)
     tensors = optimizer_tensors(optimizer, trainable(lm))
-    save_file(tensors | _random_state(), folder / "optimizer.safetensors")
+    save_file(tensors | random_state(), folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
     files = sorted(folder.iterdir())
     for path in files:
@@ -258,17 +258,23 @@ def restore(checkpoint: Path, lm: LanguageModel, optimizer: torch.optim.Optimize
             f"the checkpoint {checkpoint} cannot be read: {error}",
             fix="remove that folder to resume from the one before it",
         ) from error
-    torch.set_rng_state(saved.pop("random/cpu"))
-    if (cuda := saved.pop("random/cuda", None)) is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
+    set_random_state({name: saved.pop(name) for name in list(saved) if name.startswith("random/")})
     restore_optimizer(optimizer, trainable(lm), saved)
 
 
-def _random_state() -> dict[str, torch.Tensor]:
+def random_state() -> dict[str, torch.Tensor]:
+    """Of PyTorch's generators, by `random/DEVICE`."""
     state = {"random/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["random/cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Put back what `random_state` gave. A GPU's is left out where there is none."""
+    torch.set_rng_state(state["random/cpu"])
+    if "random/cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["random/cuda"])
 
 
 def _checkpoints(run_dir: Path) -> list[tuple[int, Path]]:

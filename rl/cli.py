@@ -163,9 +163,6 @@ def main() -> None:
             raise
         _say(f"error: cannot write: {error}\nFix: make room or the folder writable; then rl-train resume the run")
         sys.exit(2)
-    except KeyboardInterrupt:
-        _say("stopped at once")
-        sys.exit(1)
 
 
 def _say(text: str) -> None:

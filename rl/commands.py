@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tandem.rl import distributed
@@ -34,6 +32,7 @@ from tandem.rl.rewards_command import show_protections
 from tandem.rl.rollout_journal import Mark, RolloutJournal, source_of
 from tandem.rl.run_length import total_steps
 from tandem.rl.run_lock import run_lock
+from tandem.rl.stopping import Stopping
 from tandem.rl.trackers import NoTrackers, Trackers
 from tandem.rl.trainer import Trainer
 from tandem.rl.training_data import longest_sequence
@@ -251,7 +250,7 @@ def _train(
         drop_after(run_dir, resume_step)
     with (
         _trackers(config, run_dir, resume_step, console) as trackers,
-        _stop_on_signal(console) as stopped,
+        Stopping(quiet=not distributed.is_main()).on_signals() as stopping,
     ):
         trainer = Trainer(
             config,
@@ -265,7 +264,7 @@ def _train(
             state=state,
             trackers=trackers,
             console=console,
-            should_stop=lambda: bool(stopped),
+            stopping=stopping,
             objective=inputs.objective,
             journal=journal,
         )
@@ -380,22 +379,3 @@ def _show_result(
             ("adapter", facts["adapter"]),
         ]
     )
-
-
-@contextmanager
-def _stop_on_signal(console: Console) -> Iterator[list[int]]:
-    """The first Ctrl-C (or SIGTERM) asks for a stop after the current step; a second one stops at once."""
-    received: list[int] = []
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) > 1:
-            raise KeyboardInterrupt
-        console.note("stopping after this step with a checkpoint; once more to stop at once")
-
-    previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -10,11 +10,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from copy import deepcopy
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -24,7 +22,7 @@ from tandem.rl.config import Config
 from tandem.rl.console import Console
 from tandem.rl.divergence import divergence_error
 from tandem.rl.errors import RunStopped
-from tandem.rl.evaluate import Judge, eval_sampling, evaluate
+from tandem.rl.evaluate import Judge
 from tandem.rl.experience import (
     advantages_to,
     best_and_worst,
@@ -34,6 +32,7 @@ from tandem.rl.experience import (
     with_advantages,
 )
 from tandem.rl.guarded_passes import GuardedPasses
+from tandem.rl.held_out import SCORES, held_out
 from tandem.rl.journal import write_rollouts
 from tandem.rl.lora import trainable
 from tandem.rl.memory_advice import memory_advice
@@ -50,26 +49,26 @@ from tandem.rl.prompts import PromptSampler
 from tandem.rl.reference_cache import cached_log_probs
 from tandem.rl.reward_errors import out_of_order
 from tandem.rl.reward_watch import RewardWatch
+from tandem.rl.rewind import Rewind
 from tandem.rl.rollout_journal import RolloutJournal
 from tandem.rl.rollout_source import RolloutSource
 from tandem.rl.run_length import total_steps
 from tandem.rl.samples import Scored, Sequence
 from tandem.rl.step import Objective, PolicyBatch, split_evenly
 from tandem.rl.step_time import StepClock
+from tandem.rl.stopping import Abandoned, Stopping
 from tandem.rl.trackers import Trackers
 from tandem.rl.training_data import TrainingData, longest_sequence
 from tandem.rl.unscored import RewardsFailed
 from tandem.rollout.engine import RolloutEngine
 from tandem.rollout.restart import EngineDied
 
-T = TypeVar("T")
-
 
 class Trainer:
     """Trains an adapter from where `state` stands to the end of the run, or to the step after which it is stopped.
 
     Args:
-        should_stop: asked after every step; True ends the run with a checkpoint.
+        stopping: ends the run with a checkpoint, after a step or in the middle of one.
         journal: takes every rollout before it is learned from, and gives those that were not yet; None: none is kept.
     """
 
@@ -87,7 +86,7 @@ class Trainer:
         state: State,
         trackers: Trackers,
         console: Console,
-        should_stop: Callable[[], bool],
+        stopping: Stopping,
         objective: Objective = policy_loss,
         journal: RolloutJournal | None = None,
     ) -> None:
@@ -95,7 +94,8 @@ class Trainer:
         self._lm, self._engine, self._data, self._judge = lm, engine, data, judge
         self._stop_token_ids = stop_token_ids
         self._optimizer, self._parameters = optimizer, trainable(lm)
-        self._state, self._trackers, self._console, self._should_stop = state, trackers, console, should_stop
+        self._state, self._trackers, self._console, self._stopping = state, trackers, console, stopping
+        self._rewind = Rewind(lm, optimizer, state)
         advice = partial(memory_advice, config, longest_sequence(config, data))
         self._guard = MemoryGuard(lm, config.train, state, optimizer, warn=console.warn, advice=advice)
         self._passes = GuardedPasses(config, lm, self._guard, objective)
@@ -132,7 +132,14 @@ class Trainer:
         except RewardsFailed:
             self._save()
             raise
+        except Abandoned:
+            self._console.stop()
+            self._rewind.back()
+            self._save()
+            save_final_adapter(self._run_dir, self._lm)
+            return False
         except EngineDied as death:
+            self._rewind.back()
             self._save()
             fix = f"a checkpoint after step {self._state.step} is kept: rl-train resume {self._run_dir}"
             raise RunStopped(death.problem, reason=death.reason, fix=fix) from death
@@ -142,7 +149,8 @@ class Trainer:
         self._try_largest_pack()
         if not self._warm_up():
             return False
-        self._load_reference()
+        with self._undoable():
+            self._load_reference()
         if state.evaluating or (config.eval.eval_on_start and state.step == 0 and 0 not in state.scores):
             self._evaluate()
         self._console.start(self.total_steps, state.step)
@@ -153,9 +161,10 @@ class Trainer:
             "sft": self._supervised_iteration,
         }[config.algorithm.name]
         self._clock.lap()
-        while state.step < self.total_steps and not distributed.any_rank(self._should_stop()):
+        while state.step < self.total_steps and not distributed.any_rank(self._stopping.asked):
             before = state.step
-            metrics = self._or_rewound(lambda: self._timed(iteration))
+            with self._undoable():
+                metrics = self._timed(iteration)
             if self._due(before, config.log.logging_steps) or state.step >= self.total_steps:
                 with self._clock.part("log"):
                     self._trackers.log(state.step, metrics)
@@ -198,13 +207,14 @@ class Trainer:
         self._console.start(warmup.max_steps, state.warmup_step, label="warm-up")
         batch = warmup.per_device_train_batch_size
         while state.warmup_step < warmup.max_steps:
-            if distributed.any_rank(self._should_stop()):
+            if distributed.any_rank(self._stopping.asked):
                 self._save()
                 return False
             meter = Meter()
             rows = sampler.take(state.warmup_step * batch, batch)
             examples = [self._data.warmup[i] for i in rows]
-            self._or_rewound(partial(self._supervised_update, examples, warmup.learning_rate, meter))
+            with self._undoable(abandonable=False):
+                self._supervised_update(examples, warmup.learning_rate, meter)
             state.warmup_step += 1
             metrics = distributed.over_ranks(meter)
             self._console.step(state.warmup_step, metrics)
@@ -229,7 +239,10 @@ class Trainer:
             measured |= self._compared(batch, batch.old_log_probs, rows)
         batch = batch.subset(learned_from(rows, config))
         for part in self._updates(batch):
+            if algorithm.num_iterations * config.train.steps_per_generation > 1:
+                self._rewind.keep()
             measured |= self._policy_update(part, meter, rows)
+        self._stopping.finish()
         measured |= self._finish_rollout(rows)
         return measured | distributed.over_ranks(meter)
 
@@ -400,6 +413,9 @@ class Trainer:
     def _update(self, rate: float, meter: Meter) -> None:
         with self._update_part("optimizer"):
             self._guard.once(partial(allocate_moments, self._optimizer), "the optimiser's state")
+            if not self._rewind.has_weights:
+                self._stopping.finish()
+        with self._stopping.whole(), self._update_part("optimizer"):
             norm = apply_gradients(
                 self._optimizer, self._parameters, rate=rate, max_grad_norm=self._config.optim.max_grad_norm
             )
@@ -412,20 +428,22 @@ class Trainer:
         meter.add("grad_norm", norm)
         meter.add("learning_rate", rate)
 
-    def _or_rewound(self, part: Callable[[], T]) -> T:
-        """`part()`. Where memory is too small for it whatever is done, the run is left as it was before, with a
-        checkpoint, unless a part of a rollout has been learned from: then the last checkpoint stands.
+    @contextmanager
+    def _undoable(self, *, abandonable: bool = True) -> Iterator[None]:
+        """What happens inside is taken back, and the state of before saved, where memory is too small for it whatever
+        is done, and where it is given up for a notice to end. That is left out where other ranks take part.
 
         Raises:
-            OutOfMemory: see `MemoryGuard`.
+            OutOfMemory: see `MemoryGuard`. Abandoned: see `Stopping`; `fit` saves what was before.
         """
-        before = deepcopy(vars(self._state))
+        self._rewind.mark()
+        alone = abandonable and distributed.world_size() == 1
         try:
-            return part()
+            with self._stopping.abandonable() if alone else nullcontext():
+                yield
         except OutOfMemory:
-            if self._state.step == before["step"]:
-                for name, value in before.items():
-                    setattr(self._state, name, value)
+            if self._rewind.possible:
+                self._rewind.back()
                 self._save()
                 self._console.note(f"a checkpoint from before this step is kept: rl-train resume {self._run_dir}")
             raise
@@ -439,32 +457,22 @@ class Trainer:
             raise divergence_error(self._run_dir, count, metrics, self._parameters, self._optimizer)
 
     def _evaluate(self) -> None:
-        state, config, metrics = self._state, self._config, dict[str, float]()
+        """Take the held-out score. One that is given up is taken when the run is resumed."""
+        state = self._state
         state.evaluating = True
-        if self._data.eval_prompts:
-            sampling = eval_sampling(config, self._stop_token_ids)
-            self._engine.wake()
-            metrics, rows = evaluate(
-                self._engine, self._data.eval_prompts, self._judge, sampling, state.step, config.eval.score
+        with self._undoable():
+            metrics, rows = held_out(
+                self._passes, self._engine, self._judge, self._data, self._config, self._stop_token_ids, state.step
             )
-            self._engine.sleep()
-            if distributed.is_main():
+            self._stopping.finish()
+            state.evaluating = False
+            if rows and distributed.is_main():
                 write_rollouts(self._run_dir, state.step, rows, kind="eval")
-            state.scores[state.step] = metrics["eval/score"]
-            self._console.note(f"held-out score after {state.step} steps: {metrics['eval/score']:.3f}")
-        elif self._data.eval_answers is not None:
-            found = self._passes.preference_metrics(self._data.eval_answers)
-            metrics = {f"eval/{name}": value for name, value in found.items()}
-            state.scores[state.step] = metrics["eval/rewards/margins"]
-            self._console.note(f"held-out margin after {state.step} steps: {metrics['eval/rewards/margins']:.3f}")
-        elif self._data.eval_examples:
-            loss = self._passes.supervised_loss(self._data.eval_examples)
-            metrics = {"eval/loss": loss}
-            state.scores[state.step] = loss
-            self._console.note(f"held-out loss after {state.step} steps: {loss:.4f}")
-        state.evaluating = False
-        if metrics:
-            self._trackers.log(state.step, metrics)
+            if score := next((score for score in SCORES if score[0] in metrics), None):
+                key, name, form = score
+                state.scores[state.step] = metrics[key]
+                self._console.note(f"held-out {name} after {state.step} steps: {metrics[key]:{form}}")
+                self._trackers.log(state.step, metrics)
 
     def _save(self) -> None:
         keep = self._config.checkpoint.save_total_limit

@@ -300,22 +300,6 @@ def test_changed_data_are_refused_with_both_fingerprints(bench: Bench) -> None:
         (bench.folder / "prompts.jsonl").write_text(rows)
 
 
-def test_a_notice_to_end_leaves_a_checkpoint(bench: Bench) -> None:
-    notice = (
-        "import os, signal, tandem.rl.trainer as t\nf = t.Trainer._policy_iteration\n"
-        "def noticed(self):\n    os.kill(os.getpid(), signal.SIGTERM) if self._state.step == 2 else None\n"
-        "    return f(self)\nt.Trainer._policy_iteration = noticed"
-    )
-    code, said = bench.server.run("run", bench.config, "run_name=notice", patch=notice, no_report=True)
-    assert code == 1, said
-    assert "stopping after this step with a checkpoint" in said
-    run = bench.folder / "runs" / "notice"
-    (newest,) = (run / "checkpoints").iterdir()
-    assert (newest.name, damage(newest)) == ("step_000004", None)
-    bench.resumed(run)
-    bench.same_end(run, but=("checkpoints",))
-
-
 def test_jumps_of_the_clock_change_nothing(bench: Bench) -> None:
     code, said = bench.server.run("run", bench.config, "run_name=clock", patch=JUMPING_CLOCK, no_report=True)
     assert code == 0, said

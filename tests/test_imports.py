@@ -34,6 +34,7 @@ DRIVERS = {
     "cli",
     "commands",
     "evaluate",
+    "held_out",
     "inputs",
     "open_model",
     "reward_watch",
