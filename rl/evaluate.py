@@ -70,8 +70,9 @@ class Judge:
             on_error=self.on_error,
             ahead=ahead if self.overlap else None,
         )
-        for text in scores.notices if self.warn else []:
-            self.warn(text)
+        if self.warn is not None:
+            for text in scores.notices:
+                self.warn(text)
         return scores
 
     def watch(self, rows: list[Scored], step: int) -> Watched:

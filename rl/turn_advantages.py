@@ -70,13 +70,12 @@ def turn_advantages(
         turns: of each episode.
         num_generations: episodes of a group.
     """
-    table = np.full((len(turns), max(turns)), np.nan)
+    shape = (len(turns) // num_generations, num_generations, max(turns))
+    table = np.full(shape, np.nan)
     for row, (known, count) in enumerate(zip(returns, turns, strict=True)):
         if known is not None:
-            table[row, :count] = known
-    reached = np.arange(max(turns)) < np.array(turns)[:, None]
-    # [groups, episodes, turns]
-    table, reached = (a.reshape(-1, num_generations, max(turns)) for a in (table, reached))
+            table[row // num_generations, row % num_generations, :count] = known
+    reached = np.arange(max(turns)) < np.array(turns).reshape(*shape[:2], 1)
     table = np.where(np.isnan(table) & reached, _means(table, ~np.isnan(table)), table)
     if max(turns) == 1:
         found = advantages(table[:, :, 0], options)[:, :, None]
