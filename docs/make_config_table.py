@@ -45,6 +45,8 @@ def render() -> str:
     for key, model in sections.items():
         parts.append(_section(f"`{key}`", model))
         for field, inner in model.model_fields.items():
+            if _is_model(inner.annotation):
+                parts.append(_section(f"`{key}.{field}`", inner.annotation))
             for entry in filter(_is_model, get_args(inner.annotation)):
                 parts.append(_section(f"`{key}.{field}` (each entry)", entry))
     return "\n".join(parts)
@@ -79,9 +81,9 @@ def type_name(field: dict[str, Any]) -> str:
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if "$ref" in field:
-        return "mappings (below)"
+        return "mapping (below)"
     if field["type"] == "array":
-        return f"list of {type_name(field['items'])}"
+        return f"list of {type_name(field['items']).replace('mapping (below)', 'mappings (below)')}"
     if field["type"] == "object":
         return "mapping"
     return " ".join([_PLAIN_TYPES[field["type"]], *_bounds(field, _SCHEMA_BOUNDS)])
@@ -95,7 +97,7 @@ def _bounds(values: dict[str, Any], signs: dict[str, str]) -> list[str]:
 def _default(field: dict[str, Any]) -> str:
     """The default as it would be written in YAML; factories are the empty list and the empty mapping."""
     if "default" not in field:
-        return {"array": "[]", "object": "{}"}[field["type"]]
+        return {"array": "[]", "object": "{}"}[field.get("type", "object")]
     value = field["default"]
     if isinstance(value, float):
         return _plain_float(value)

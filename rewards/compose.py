@@ -53,6 +53,7 @@ def score(
     on_missing: OnMissing = "stop",
     on_error: OnError = "stop",
     ahead: CallsAhead | None = None,
+    required: bool = True,
 ) -> Scores:
     """Call every reward on the whole batch and add them up.
 
@@ -73,6 +74,7 @@ def score(
             is not one finite number or None per completion. stop: an error; zero: its value is 0 there; skip_group: it
             is None there, and the rows of that group are marked as skipped. `rewards/errors/NAME` counts the rows.
         ahead: calls that were made for finished groups while others were generated.
+        required: with group_mean, whether it is an error that no row has a reward.
 
     Raises:
         UserError: a function failed (see on_error), or no function applies to a row (see on_missing).
@@ -89,7 +91,7 @@ def score(
         return Scores()
     calls = call_all(rewards, rows, TrainerState(global_step, max_steps), timeout, on_error=on_error, ahead=ahead)
     failed = {i for call in calls for i in call.errors}
-    totals = _totals(rows, calls, on_missing, failed if on_error == "skip_group" else set())
+    totals = _totals(rows, calls, on_missing, failed if on_error == "skip_group" else set(), required=required)
     skipped = {rows[i].group for i in failed} if on_error == "skip_group" else set()
     metrics = _metrics(calls)
     if on_missing == "group_mean":
@@ -195,7 +197,9 @@ def _values(calls: list[Call], index: int) -> dict[str, float | None]:
     return {call.reward.name: call.values[index] for call in calls}
 
 
-def _totals(rows: list[Row], calls: list[Call], on_missing: OnMissing, failed: set[int]) -> list[float | None]:
+def _totals(
+    rows: list[Row], calls: list[Call], on_missing: OnMissing, failed: set[int], *, required: bool
+) -> list[float | None]:
     """The weighted sum of each row, None where no reward applies to it and for the `failed` ones."""
     counted = [call for call in calls if call.reward.weight] or calls
     totals: list[float | None] = []
@@ -211,7 +215,7 @@ def _totals(rows: list[Row], calls: list[Call], on_missing: OnMissing, failed: s
                 fix="scale the rewards or their weights",
             )
         totals.append(total)
-    if not failed and all(total is None for total in totals):
+    if required and not failed and all(total is None for total in totals):
         raise _no_reward(0, rows[0], counted)
     return totals
 

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from tandem.rl.curriculum import PassRate
 from tandem.rl.errors import UserError
 from tandem.rl.journal import sync, write_whole
 from tandem.rl.lora import load_adapter, save_adapter, trainable
@@ -48,6 +49,7 @@ class State:
         scores: held-out score by step.
         evaluating: the evaluation that is due after `step` has not come to its end.
         watch: what reward watch remembers.
+        curriculum: pass rates by the prompts' row numbers, of those that were visited with a curriculum.
         reduced: keys of the section `train` that memory was too small for, with the values that fitted on the device
             `reduced_on`. halved: how often packs were halved.
     """
@@ -65,6 +67,7 @@ class State:
     scores: dict[int, float] = field(default_factory=dict)
     evaluating: bool = False
     watch: WatchMemory = field(default_factory=WatchMemory)
+    curriculum: dict[int, PassRate] = field(default_factory=dict)
     reduced: dict[str, Any] = field(default_factory=dict)
     reduced_on: str = ""
     halved: int = 0
@@ -236,6 +239,7 @@ def read_state(checkpoint: Path) -> State:
         raw = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         raw["scores"] = {int(step): float(score) for step, score in raw["scores"].items()}
         raw["watch"] = WatchMemory.of(raw.get("watch", {}))
+        raw["curriculum"] = {int(i): PassRate(**rate) for i, rate in raw.get("curriculum", {}).items()}
         return State(**raw)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(

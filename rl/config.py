@@ -108,6 +108,9 @@ class Config(Section):
                 f"the section environment is for rollouts, and algorithm.name is {self.algorithm.name!r}: remove "
                 "it, or use grpo or online_dpo"
             )
+        if self.data.curriculum.enabled and not self.uses_rollouts:
+            name = self.algorithm.name
+            raise ValueError(f"data.curriculum is for rollouts, and algorithm.name is {name!r}: remove the section")
         if self.algorithm.name == "online_dpo" and self.preference.loss_type == "kto":
             raise ValueError(
                 "preference.loss_type is 'kto', but online_dpo makes pairs: use sigmoid or another loss on pairs"

@@ -191,7 +191,7 @@ def all_keys() -> Iterator[tuple[str, str]]:
         if isinstance(section, type) and issubclass(section, BaseModel):
             for key, inner in section.model_fields.items():
                 yield key, f"{name}.{key}"
-                for arg in get_args(inner.annotation):
+                for arg in (inner.annotation, *get_args(inner.annotation)):
                     if isinstance(arg, type) and issubclass(arg, BaseModel):
                         for leaf in arg.model_fields:
                             yield leaf, f"{name}.{key}.{leaf}"

@@ -58,7 +58,9 @@ class Judge:
     def _decode(self, ids: list[int]) -> str:
         return completion_text(self.tokenizer, ids)
 
-    def __call__(self, groups: list[Group], step: int, ahead: CallsAhead | None = None) -> Scores:
+    def __call__(
+        self, groups: list[Group], step: int, ahead: CallsAhead | None = None, *, required: bool = True
+    ) -> Scores:
         scores = score(
             groups,
             self.rewards,
@@ -69,6 +71,7 @@ class Judge:
             on_missing=self.on_missing,
             on_error=self.on_error,
             ahead=ahead if self.overlap else None,
+            required=required,
         )
         if self.warn is not None:
             for text in scores.notices:

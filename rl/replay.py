@@ -93,9 +93,11 @@ def replay_config(config: Config, run_dir: Path, recorded: Recorded) -> Config:
 def fill(run_dir: Path, target: Path, config: Config) -> None:
     """Give the replay in `target` the run's journal, from which it then learns as a resumed run does."""
     journal = RolloutJournal(target, Mark(), source=source_of(config))
+    position = 0
     for rollout in read_journal(run_dir, note=lambda text: None):  # said by `survey`
-        position = rollout.number * config.prompts_per_rollout
-        journal.append(rollout.rows, rollout.logged, position=position, step=rollout.step)
+        used, visits = rollout.used, rollout.visits
+        journal.append(rollout.rows, rollout.logged, position=position, step=rollout.step, used=used, visits=visits)
+        position += used
     if (run_dir / data_identity.NAME).is_file():
         shutil.copyfile(run_dir / data_identity.NAME, target / data_identity.NAME)
     assert journal_path(target).is_file()

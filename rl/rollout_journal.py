@@ -50,7 +50,9 @@ class Rollout:
         number: counted from 0. position: rows of the prompt stream that were used before it.
         step: optimiser steps that were finished before it. source: fingerprint of the config that it was made with.
         rows: its completions with their rewards, in the order in which they are learned from; no advantages.
-        logged: what the reward functions logged themselves, averaged.
+        logged: what the reward functions logged themselves, averaged, and what there is to say of the sampling.
+        used: rows of the prompt stream that it used up. visits: what it told of prompts, see `curriculum`, those of
+            groups included that are no part of it.
     """
 
     number: int
@@ -59,6 +61,8 @@ class Rollout:
     source: str
     rows: list[Scored]
     logged: dict[str, float]
+    used: int
+    visits: list[tuple[int, float]]
 
 
 class RolloutJournal:
@@ -99,15 +103,26 @@ class RolloutJournal:
         self.before, self.mark = self.mark, Mark(self.mark.rollouts + 1, end)
         return rollout
 
-    def append(self, rows: Sequence[Scored], logged: dict[str, float], *, position: int, step: int) -> Mark:
-        """Bring a rollout to the disk; returns the place behind it.
+    def append(
+        self,
+        rows: Sequence[Scored],
+        logged: dict[str, float],
+        *,
+        position: int,
+        step: int,
+        used: int | None = None,
+        visits: Sequence[tuple[int, float]] = (),
+    ) -> Mark:
+        """Bring a rollout to the disk; returns the place behind it. `used`: None: one row of the stream per group.
 
         Raises:
             UserError: it cannot be written. The file is then as it was before.
         """
         if self._left is not None:  # what the run has not asked for will not be asked for
             self.cut(self.mark)
-        rollout = Rollout(self.mark.rollouts, position, step, self._source, list(rows), logged)
+        used = _groups(rows) if used is None else used
+        number = self.mark.rollouts
+        rollout = Rollout(number, position, step, self._source, list(rows), logged, used, list(visits))
         created = not self.path.exists()
         try:
             with self.path.open("ab") as file:
@@ -176,6 +191,10 @@ def source_of(config: Config, *, but: Collection[str] = ()) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _groups(rows: Sequence[Scored]) -> int:
+    return len({row.group for row in rows})
+
+
 # --- lines ------------------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +219,7 @@ def _line(rollout: Rollout, number: int) -> bytes:
         "row": number,
         "rows": len(rollout.rows),
         "position": rollout.position,
+        "used": rollout.used,
         "step": rollout.step,
         "source": rollout.source,
         "group": row.group,
@@ -213,6 +233,7 @@ def _line(rollout: Rollout, number: int) -> bytes:
         "reward": number_of(row.reward, "reward"),
         "rewards": json.dumps({n: number_of(v, f"rewards/{n}") for n, v in row.rewards.items()}),
         "logged": json.dumps({n: float(v) for n, v in rollout.logged.items()}) if number == 0 else "{}",
+        "visits": json.dumps(rollout.visits if number == 0 else []),
         "more": json.dumps([_unnamed(row.completion, _COMPLETION), _unnamed(row, _SCORED)]),
     }
     body = json.dumps({**record, "not_finite": json.dumps(not_finite)}, allow_nan=False).encode("ascii")[:-1]
@@ -278,12 +299,16 @@ def whole_rollouts(path: Path, mark: Mark, note: Any) -> Iterator[tuple[Rollout,
             if record["row"] == 0 and rollout is None:
                 rows = record["rows"]
                 logged = json.loads(record["logged"])
-                rollout = Rollout(record["rollout"], record["position"], record["step"], record["source"], [], logged)
+                place = (record["rollout"], record["position"], record["step"], record["source"])
+                visits = [(index, share) for index, share in json.loads(record.get("visits", "[]"))]
+                rollout = Rollout(*place, [], logged, record.get("used", -1), visits)
             if rollout is None or (record["rollout"], record["row"]) != (rollout.number, len(rollout.rows)):
                 note(f"{path} lacks lines near byte {end}: what follows is not used")
                 return
             rollout.rows.append(_row_of(record))
             end += len(line)
             if len(rollout.rows) == rows:
+                if rollout.used < 0:  # from before rollouts could use more
+                    rollout.used = _groups(rollout.rows)
                 yield rollout, end
                 rollout = None

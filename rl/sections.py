@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 Positive = Annotated[int, Field(gt=0)]
@@ -96,6 +96,34 @@ class LoraConfig(Section):
         return self.lora_alpha if self.lora_alpha is not None else 2.0 * self.r
 
 
+class CurriculumConfig(Section):
+    """Which prompts RL visits again: by their running pass rate, those always or never solved are passed over
+    (docs/sampling.md)."""
+
+    enabled: bool = False
+    """Whether prompts are passed over at all."""
+    pass_reward: Number = 1.0
+    """A completion passes whose total reward is at least this."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Weight of the former pass rate at each visit; 0: only the latest visit counts."""
+    high: Fraction = 0.95
+    """Pass rate from which on a prompt counts as solved."""
+    low: Fraction = 0.05
+    """Pass rate up to which it counts as hopeless."""
+    min_visits: Positive = 2
+    """Visits before a prompt may be passed over."""
+    retry_probability: Fraction = 0.1
+    """Chance that it is visited all the same."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> CurriculumConfig:
+        if self.low >= self.high:
+            raise ValueError(
+                f"low is {self.low} and high is {self.high}: prompts between them are visited, so low < high"
+            )
+        return self
+
+
 class DataConfig(Section):
     """Where rows come from. RL needs `prompt`; SFT `messages`, `text`, or `prompt` + `completion`; preferences
     `prompt`, `chosen`, `rejected` (kto: `prompt`, `completion`, `label`). Other columns reach the rewards by name."""
@@ -120,6 +148,8 @@ class DataConfig(Section):
     """SFT on `messages`: loss on assistant turns only."""
     max_examples: Positive | None = None
     """Use only the first so many rows."""
+    curriculum: CurriculumConfig = Field(default_factory=CurriculumConfig)
+    """Which prompts are visited again."""
 
 
 class RolloutConfig(Section):
@@ -142,6 +172,10 @@ class RolloutConfig(Section):
     """Further token ids that end a completion, beside the model's own end tokens."""
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Texts that end a completion, which includes them, as vLLM's `stop`; found wherever they stand in its text."""
+    dynamic_sampling: bool = False
+    """Generate for further prompts until the batch is full of groups whose rewards differ (DAPO; docs/sampling.md)."""
+    max_resamples: Positive = 4
+    """dynamic_sampling: tries after the first one; what is then missing is filled with groups without a signal."""
     max_in_flight: Positive | None = None
     """Completions generated at once; None: the whole batch, on a GPU as many as fit by the plan (vllm: 256 at most)."""
     max_model_len: Positive | None = None

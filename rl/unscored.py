@@ -37,7 +37,7 @@ class Unscored:
     def keep(self, groups: Sequence[Group], *, position: int, step: int) -> None:
         """Bring a rollout to the disk. `position`, `step`: see `Rollout`."""
         rows = [Scored(g.prompt, c, number, "", {}, 0.0) for number, g in enumerate(groups) for c in g.completions]
-        rollout = Rollout(0, position, step, self._source, rows, {})
+        rollout = Rollout(0, position, step, self._source, rows, {}, len(groups), [])
         write_whole(self.path, b"".join(lines_of(rollout)))
 
     def take(self, prompts: Sequence[Prompt], *, position: int, step: int) -> list[Group] | None:
@@ -45,6 +45,12 @@ class Unscored:
         if not self.path.exists():
             return None
         rollout = next((found for found, _ in whole_rollouts(self.path, Mark(), self._note)), None)
+        if (
+            rollout is not None
+            and (rollout.source, rollout.step) == (self._source, step)
+            and rollout.position > position
+        ):
+            return None  # a later try of the same rollout
         if rollout is None or (rollout.source, rollout.position, rollout.step) != (self._source, position, step):
             self._note(f"{self.path} holds nothing that comes next in this run: generating anew")
             return None

@@ -28,6 +28,9 @@ def low(completions, trainer_state, **columns):
     if broken and os.environ.get("RANK") == "1" and trainer_state.global_step == 2:
         raise ValueError("not yet")
     return [sum(w < 'w3' for w in t.split()) for t in completions]
+
+def rare(completions):
+    return [float(t.startswith("w4")) for t in completions]
 """
 
 
@@ -54,6 +57,13 @@ RUNS = {
     "kl_in_reward": {
         "algorithm": {"beta": 0.05, "kl_estimator": "k1", "top_entropy_quantile": 0.5, "drop_uniform_groups": True},
         "train": {"generation_batch_size": 12, "max_steps": STEPS},
+    },
+    # Tries of one and two groups among them, so that a rank has nothing to generate; most groups have no signal.
+    "dynamic_sampling": {
+        "rollout": {"num_generations": 4, "max_completion_length": 4, "dynamic_sampling": True},
+        "rewards": {"reward_funcs": ["reward.py:rare"]},
+        "data": {"dataset_name": "rows.jsonl", "curriculum": {"enabled": True, "retry_probability": 0.5}},
+        "train": {"generation_batch_size": 12, "max_steps": 4},
     },
     "online_dpo": {
         "algorithm": {"name": "online_dpo"},
