@@ -120,6 +120,7 @@ def _replace(beside: Path, target: Path) -> None:
         _remove(target)
     beside.rename(target)
     sync(target.parent)
+    sync(target.parent.parent)  # the first checkpoint's folder is new itself
 
 
 def _remove(folder: Path) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import queue
 import sys
 import threading
@@ -82,6 +83,11 @@ class Trackers:
         if self._wandb is not None:
             self._wandb.alert(f"{self._run_dir.name}: {alert.key}", f"step {step}: {alert.text()}")
 
+    def sync(self) -> None:
+        """Bring what was recorded to the disk: a resumed run takes the lines up to its checkpoint for granted."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
     def completions(self, step: int, rows: Sequence[Scored]) -> None:
         """Send a table of completions: step, prompt, completion, a column per reward, reward, advantage."""
         if self._wandb is not None and rows:
@@ -123,6 +129,8 @@ class NoTrackers(Trackers):
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def alert(self, step: int, alert: Alert) -> None: ...
+
+    def sync(self) -> None: ...
 
     def completions(self, step: int, rows: Sequence[Scored]) -> None: ...
 

@@ -468,8 +468,7 @@ class Trainer:
             state.evaluating = False
             if rows and distributed.is_main():
                 write_rollouts(self._run_dir, state.step, rows, kind="eval")
-            if score := next((score for score in SCORES if score[0] in metrics), None):
-                key, name, form = score
+            for key, name, form in [score for score in SCORES if score[0] in metrics][:1]:
                 state.scores[state.step] = metrics[key]
                 self._console.note(f"held-out {name} after {state.step} steps: {metrics[key]:{form}}")
                 self._trackers.log(state.step, metrics)
@@ -477,6 +476,7 @@ class Trainer:
     def _save(self) -> None:
         keep = self._config.checkpoint.save_total_limit
         if distributed.is_main():
+            self._trackers.sync()
             save_checkpoint(self._run_dir, self._lm, self._optimizer, self._state, keep=keep)
         distributed.barrier()
 

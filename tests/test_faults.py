@@ -336,3 +336,43 @@ def test_a_reward_that_ends_its_process_ends_no_more_than_that(bench: Bench) -> 
     assert len(list(read_journal(run))) == 4
     assert "resuming" in bench.resumed(run)
     assert json.loads((run / "summary.json").read_text())["steps"] == 12
+
+
+RECORD_SYNCS = """
+import os, pathlib
+fsync, rename = os.fsync, pathlib.Path.rename
+def place(handle):
+    return os.readlink(f"/proc/self/fd/{handle}")
+def synced(handle):
+    print("SYNC", place(handle), os.fstat(handle).st_size, flush=True)
+    return fsync(handle)
+def renamed(self, target):
+    if "/checkpoints/step_" in str(target):
+        print("RENAME", target, os.path.getsize(pathlib.Path(target).parents[1] / "metrics.jsonl"), flush=True)
+    return rename(self, target)
+os.fsync, pathlib.Path.rename = synced, renamed
+"""
+
+
+def test_what_a_checkpoint_relies_on_is_on_the_disk_before_it(bench: Bench) -> None:
+    """A power cut right after a checkpoint: its metrics, its rollouts and the journal must not be younger than it."""
+    code, said = bench.server.run("run", bench.config, "run_name=synced", patch=RECORD_SYNCS, no_report=True)
+    assert code == 0, said
+    run = bench.folder / "runs" / "synced"
+    size_on_disk: dict[str, int] = {}
+    checkpoints = 0
+    for line in said.splitlines():
+        word, _, rest = line.partition(" ")
+        path, _, size = rest.rpartition(" ")
+        if word == "SYNC":
+            size_on_disk[path] = int(size)
+        elif word == "RENAME":
+            checkpoints += 1
+            assert size_on_disk[str(run / "metrics.jsonl")] == int(size)
+            journal = json.loads((run / "checkpoints" / Path(path).name / "state.json").read_text())["journal_bytes"]
+            assert size_on_disk[str(run / "journal.jsonl")] == journal
+            beside = str(Path(path).with_name(f".{Path(path).name}.tmp"))
+            for name in ("adapter_model.safetensors", "optimizer.safetensors", "state.json"):
+                assert f"{beside}/{name}" in size_on_disk
+    assert checkpoints == 2
+    assert f"{run / 'checkpoints'}" in size_on_disk
