@@ -649,6 +649,35 @@ def test_a_run_trains_on_episodes(lm, tmp_path):
     assert len({record["reward"] for record in records}) > 1
 
 
+def test_episodes_are_sampled_until_their_rewards_differ(lm, tmp_path):
+    """Tries, a curriculum, and a reward that looks into environments while others play."""
+    from tandem.rl.commands import run
+    from tandem.rl.console import Console
+    from tandem.rl.rollout_journal import read_journal
+
+    game = GAME.replace('float(len(message["content"]))', 'float(len(message["content"])) * (self.secret > 1)')
+    game = game.replace("[e.secret for e in environments]", "all(e.secret is not None for e in environments)")
+    (tmp_path / "game.py").write_text(game)
+    sections = {
+        "model": {"model_name_or_path": lm.causal_lm.name_or_path, "device": "cpu"},
+        "output_dir": str(tmp_path / "runs"),
+        "data": {"dataset_name": f"{tmp_path}/game.py:games", "curriculum": {"enabled": True, "min_visits": 1}},
+        "environment": {"factory": f"{tmp_path}/game.py:Game", "max_turn_tokens": 4},
+        "rollout": {"num_generations": 4, "max_completion_length": 60, "dynamic_sampling": True},
+        "train": {"max_steps": 2, "generation_batch_size": 8},
+    }
+    seen = {"function": f"{tmp_path}/game.py:seen", "weight": 0, "scope": "group"}
+    config = parse_config(sections | {"rewards": {"reward_funcs": ["environment", seen]}})
+    assert run(config, dry_run=False, console=Console.silent())
+    rollouts = list(read_journal(config.run_dir))
+    assert len(rollouts) == 2
+    for rollout in rollouts:
+        assert [row.rewards["seen"] for row in rollout.rows] == [2.0] * 8
+        assert {row.prompt.index for row in rollout.rows} <= {2, 3}, "the others' rewards are all 0"
+    assert sum(rollout.logged["sampling/generated"] for rollout in rollouts) > 4
+    assert {index for rollout in rollouts for index, share in rollout.visits if share == 0.0} >= {0, 1}
+
+
 def test_a_prompts_own_limit_cuts_and_changes_nothing_before(lm, tokenizer):
     prompt = Prompt(0, tokenizer.encode("ab"), "ab")
     sampling = Sampling(num_generations=4, max_completion_length=12)

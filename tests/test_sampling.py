@@ -192,7 +192,11 @@ def test_a_wrong_section_is_refused(change: dict[str, Any], message: str) -> Non
 
 # Most groups agree: a completion is right that holds a word which only some prompts call for.
 REWARD = """
+import pathlib
+
 def right(completions, prompts):
+    if len(prompts) in (8, 12) and pathlib.Path(__file__).with_name("broken").exists():  # a later try
+        raise ValueError("not yet")
     return [float(int(p.split()[0][1:]) % 3 != 0 and any(int(w[1:]) < 8 for w in c.split() if w[0] == "w"))
             for p, c in zip(prompts, completions)]
 """
@@ -276,3 +280,18 @@ def test_a_replay_learns_the_same(place: Place) -> None:
     state = json.loads((newest / "state.json").read_text())
     assert state["curriculum"] == place.outcome["state"]["curriculum"]
     assert state["position"] == place.outcome["state"]["position"]
+
+
+def test_a_reward_that_fails_in_a_later_try_loses_nothing(place: Place) -> None:
+    broken = place.folder / "broken"
+    broken.touch()
+    code, said = place.server.run("run", place.folder / "sampling.yaml", "run_name=fails", no_report=True)
+    broken.unlink()
+    assert code != 0
+    assert "not yet" in said
+    run = place.folder / "runs" / "fails"
+    assert (run / "unscored.jsonl").exists()
+    code, said = place.server.run("resume", run, no_report=True)
+    assert code == 0, said
+    assert "completions that were generated before" in said
+    assert outcome(run) == place.outcome
