@@ -12,6 +12,8 @@ sleep, wake, push and generate, and how far the device's memory drifted. `parity
 (the fused 4-bit product) and for 96 (the weight unpacked for cuBLAS, as stock vLLM does it), with logits in float32 and
 with logits rounded to bfloat16, as stock vLLM rounds them. A checkpoint with a tokenizer is asked questions, others
 get random tokens.
+With `--together` all systems start at once, which takes the time of one, and then measure in turn while the others
+wait; what is in use on the device is then everybody's, and is not reported.
 Writes `benchmarks/results/rollout-DEVICE-DATE.json`, anew after every system.
 """
 
@@ -83,9 +85,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--kv-gib", type=float, default=8.0)
     parser.add_argument("--eager", action="store_true", help="no compilation and no graphs: tries the benchmark out")
     parser.add_argument("--timeout", type=float, default=420.0, help="seconds for one system")
+    parser.add_argument("--together", action="store_true", help="start all systems at once, measure in turn")
+    parser.add_argument("--gate", type=Path, help="with --together: measure once this file exists")
     parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results)")
     parser.add_argument("--worker", choices=(*SYSTEMS, "device", "checkpoint"), help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -100,9 +105,18 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
             raise SystemExit(f"no checkpoint in {arguments.model}:\n{error}")
     target = result_path(arguments.out or RESULTS, result)
     with tempfile.TemporaryDirectory() as folder:
+
+        def started(system: str) -> Worker:
+            return Worker(system, [*argv, "--tokens", str(Path(folder) / f"{system}.json")])
+
+        ahead = {system: started(system) for system in arguments.systems} if arguments.together else {}
+        for worker in ahead.values():
+            worker.wait_until(worker.ready, arguments.timeout)
+        while arguments.gate and ahead and not arguments.gate.exists():
+            time.sleep(0.2)
         for system in arguments.systems:
             tokens = Path(folder) / f"{system}.json"
-            found, error = run(system, [*argv, "--tokens", str(tokens)], arguments.timeout)
+            found, error = (ahead.get(system) or started(system)).result(arguments.timeout)
             rows = found.get("ROW", [])
             stock = Path(folder) / f"{TWINS.get(system)}.json"
             if stock.is_file() and tokens.is_file():
@@ -117,29 +131,55 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
     print(target)
 
 
-def run(worker: str, argv: list[str], timeout: float) -> tuple[dict[str, list[Any]], str | None]:
-    """What a worker's process printed, by the first word of the line, and what went wrong with it."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
-        with out.open("w") as stdout, err.open("w") as stderr:
-            command = [sys.executable, __file__, *argv, "--worker", worker]
-            process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
-            try:
-                code: int | None = process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                code = None
+class Worker:
+    """A system's process, which measures once `result` is asked for."""
+
+    def __init__(self, name: str, argv: list[str]) -> None:
+        self.name = name
+        self._folder = tempfile.TemporaryDirectory()
+        self._root = Path(self._folder.name)
+        self.ready, self._go = self._root / "ready", self._root / "go"
+        command = [sys.executable, __file__, *argv, "--worker", name, "--turn", str(self._root)]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        with (self._root / "out").open("w") as stdout, (self._root / "err").open("w") as stderr:
+            self._process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
+
+    def wait_until(self, file: Path, timeout: float) -> None:
+        """Until `file` is there, the process has ended, or the time is over."""
+        end = time.monotonic() + timeout
+        while not file.exists() and self._process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+
+    def result(self, timeout: float) -> tuple[dict[str, list[Any]], str | None]:
+        """What the process printed, by the first word of the line, and what went wrong with it."""
+        self._go.touch()
+        try:
+            code: int | None = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            code = None
         found: dict[str, list[Any]] = {}
-        for line in out.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in (self._root / "out").read_text(encoding="utf-8", errors="replace").splitlines():
             kind, _, rest = line.partition(" ")
             if kind in ("ROW", "FACTS"):
                 found.setdefault(kind, []).append(json.loads(rest))
-        said = err.read_text(encoding="utf-8", errors="replace").strip()[-1500:]
-    if code is None:
-        return found, f"stopped after {timeout:.0f} s: {said}"
-    return found, None if code == 0 else said or f"{worker} ended with code {code}"
+        said = (self._root / "err").read_text(encoding="utf-8", errors="replace").strip()[-1500:]
+        self._folder.cleanup()
+        if code is None:
+            return found, f"stopped after {timeout:.0f} s: {said}"
+        return found, None if code == 0 else said or f"{self.name} ended with code {code}"
+
+
+def run(worker: str, argv: list[str], timeout: float) -> tuple[dict[str, list[Any]], str | None]:
+    return Worker(worker, argv).result(timeout)
+
+
+def wait_for_turn(arguments: argparse.Namespace) -> None:
+    """In a worker that is ready: until it may measure."""
+    (arguments.turn / "ready").touch()
+    while not (arguments.turn / "go").exists():
+        time.sleep(0.02)
 
 
 def agreements(system: str, arguments: argparse.Namespace, stock: Path, own: Path) -> list[dict[str, Any]]:
@@ -289,7 +329,9 @@ def work(system: str, arguments: argparse.Namespace) -> None:
     made: Any = Stock(arguments, quantization) if family == "vllm" else Ours(arguments, format)
     made.generate(prompts(2, seed=1), sampling(4))
     say(system, arguments, kind="start", seconds=round(time.perf_counter() - started, 1))
-    say(system, arguments, kind="ledger", what="device, all", gib=used() / GIB)
+    wait_for_turn(arguments)
+    if not arguments.together:
+        say(system, arguments, kind="ledger", what="device, all", gib=used() / GIB)
     for batch in arguments.batches:
         say(system, arguments, kind="decode", batch=batch, **decode(made, batch))
     if isinstance(made, Stock):
@@ -304,7 +346,8 @@ def work(system: str, arguments: argparse.Namespace) -> None:
         greedy |= {f"{batch} prompts, rounded logits": made.greedy(arguments, batch) for batch in AGREEMENT_BATCHES}
         made.round_logits(False)
         arguments.tokens.write_text(json.dumps({"greedy": greedy}))
-    ledger(system, arguments, made)
+    if not arguments.together:
+        ledger(system, arguments, made)
     parities(system, arguments, made, "first step")
     move(made.lm)
     made.engine.load_adapter(1)

@@ -10,8 +10,8 @@ The fastest of `--repeats` runs counts; the first, which also pins host memory a
 Writes `benchmarks/results/update-DEVICE-DATE.json`, anew after every measurement, and a plot beside it.
 
 `tandem` runs the fused layers as `--offload`, `--attention` and `--groups` say. The systems beside it have one thing
-changed: tandem-no-offload, tandem-save-attention and tandem-recompute (what the backward pass finds of attention), and
-tandem-plain, which runs the model's own forward with checkpointing.
+changed: tandem-no-offload, tandem-save-attention and tandem-recompute (what the backward pass finds of attention),
+tandem-no-projections (memory that is left keeps no projections), and tandem-plain, which runs the model's own forward with checkpointing.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tandem-no-offload": {"offload": "off"},
     "tandem-recompute": {"attention": "recompute"},
     "tandem-save-attention": {"attention": "save"},
+    "tandem-no-projections": {"projections": "recompute"},
 }
 SYSTEMS = (*VARIANTS, "tandem-plain", "trl", "trl-offload", "unsloth")
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "unsloth", "liger-kernel", "tandem-rl")
@@ -92,6 +93,7 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
     parser.add_argument("--cap-gib", type=float, default=0.0, help="0: no cap")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--attention", choices=("auto", "save", "recompute"), default="auto", help="tandem")
+    parser.add_argument("--projections", choices=("auto", "save", "recompute"), default="auto", help="tandem")
     parser.add_argument("--groups", type=int, default=None, help="tandem: attention by so many KV-head groups")
     parser.add_argument("--tile-rows", type=int, default=4096, help="tandem: rows that pass the MLP at a time")
     parser.add_argument("--offload", choices=tuple(OFFLOAD), default="auto", help="tandem: layer inputs in host memory")
@@ -308,7 +310,7 @@ def tandem(system: str, arguments: argparse.Namespace) -> Loaded:
         from tandem.rl.fused_layer import FusedLayers, Plan
 
         options = vars(arguments) | VARIANTS[system]
-        plan = Plan(options["tile_rows"], options["groups"], options["attention"])
+        plan = Plan(options["tile_rows"], options["groups"], options["attention"], options["projections"])
         fused = FusedLayers(plan, offload=OFFLOAD[options["offload"]]).attach(lm)
         host_bytes = lambda: fused.host_bytes  # noqa: E731
     else:

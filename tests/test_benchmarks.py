@@ -145,8 +145,9 @@ def test_colours_are_all_different() -> None:
     assert len({marker for _, marker in plot_update.STYLES.values()}) == len(update.SYSTEMS)
 
 
-def test_stored_results_are_drawn_again(tmp_path: Path) -> None:
-    stored = sorted((BENCHMARKS / "results").glob("update-*.json"))
+@pytest.mark.parametrize("device", ["h100", "h200"])
+def test_stored_results_are_drawn_again(tmp_path: Path, device: str) -> None:
+    stored = sorted((BENCHMARKS / "results").glob(f"update-{device}-*.json"))
     assert stored
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "update.py"), "--plot", *map(str, stored), "--out", str(tmp_path)],

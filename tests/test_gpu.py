@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tandem.rl.config import AlgorithmConfig, LoraConfig, ModelConfig
+from tandem.rl.fused_layer import FusedLayers
 from tandem.rl.lora import attach_lora, trainable
 from tandem.rl.metrics import Meter
 from tandem.rl.model import LanguageModel, load_model, with_sampling
@@ -99,8 +100,8 @@ def error(a: torch.Tensor, exact: torch.Tensor) -> float:
     return float((a - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_no_worse_than_those_of_the_plain_model(folder, checkpointing):
+@pytest.mark.parametrize("path", ["fused layers", "own forward", "own forward, checkpoints"])
+def test_gradients_are_no_worse_than_those_of_the_plain_model(folder, path):
     exact = load(folder, "float32")
     groups = rollouts(exact)
     reference = plain_gradients(exact, groups)
@@ -109,10 +110,12 @@ def test_gradients_are_no_worse_than_those_of_the_plain_model(folder, checkpoint
     assert gradients.difference < 1e-4
     half = load(folder, "bfloat16")
     plain = error(plain_gradients(half, groups), reference)
-    if checkpointing:
+    if path == "fused layers":
+        FusedLayers().attach(half)
+    elif path == "own forward, checkpoints":
         half.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     ours = error(gradients(half, groups, share_prefix=True, max_tokens=8192), reference)
-    print(f"relative error of bfloat16 gradients: ours {ours:.4f}, transformers and peft {plain:.4f}")
+    print(f"relative error of bfloat16 gradients, {path}: {ours:.4f}, transformers and peft {plain:.4f}")
     # Both are rounding noise of the same kind; a tenth apart is chance.
     assert ours < 1.1 * plain
 
