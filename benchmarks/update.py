@@ -11,7 +11,8 @@ Writes `benchmarks/results/update-DEVICE-DATE.json`, anew after every measuremen
 
 `tandem` runs the fused layers as `--offload`, `--attention` and `--groups` say. The systems beside it have one thing
 changed: tandem-no-offload, tandem-save-attention and tandem-recompute (what the backward pass finds of attention),
-tandem-no-projections (memory that is left keeps no projections), and tandem-plain, which runs the model's own forward with checkpointing.
+tandem-no-projections (memory that is left keeps no projections), and tandem-plain, which runs the model's own forward
+with checkpointing.
 """
 
 from __future__ import annotations
