@@ -21,6 +21,8 @@ from tandem.rl.checkpoint import damage
 from tandem.rl.rollout_journal import read_journal
 from tandem.rl.run_lock import run_lock
 
+pytestmark = pytest.mark.injects(1)
+
 LOSSES = """
 CALLS = []
 
@@ -135,6 +137,7 @@ def test_a_damaged_end_of_the_journal_is_generated_anew(bench: Bench) -> None:
     bench.same_end(run)
 
 
+@pytest.mark.injects(0)
 def test_replay_gives_the_run_s_own_adapter_from_its_journal_alone(bench: Bench) -> None:
     run = bench.copy("recorded")
     for name in ("prompts.jsonl", "held_out.jsonl", "rewards.py"):
@@ -159,6 +162,24 @@ def test_replay_gives_the_run_s_own_adapter_from_its_journal_alone(bench: Bench)
     assert (other / "rollouts").is_dir()
     texts = [[row.text for row in r.rows] for r in read_journal(other)]
     assert texts == [[row.text for row in r.rows] for r in read_journal(run)]
+
+
+@pytest.mark.injects(0)
+def test_replays_compare_objectives_on_the_same_rollouts(bench: Bench) -> None:
+    run = bench.copy("compared")
+    texts = [[row.text for row in r.rows] for r in read_journal(run)]
+    ways = ["loss_type=sapo", "importance_sampling_level=sequence", "name=online_dpo", "num_iterations=2"]
+    adapters = {(run / "adapter" / "adapter_model.safetensors").read_bytes()}
+    for number, way in enumerate(ways, 1):
+        code, said = bench.server.run("replay", run, f"algorithm.{way}", no_report=True, patch=COUNT_GENERATIONS)
+        assert code == 0, said
+        assert "GENERATES" not in said
+        made = run.with_name(f"compared-replay-{number}" if number > 1 else "compared-replay")
+        adapters.add((made / "adapter" / "adapter_model.safetensors").read_bytes())
+        assert [[row.text for row in r.rows] for r in read_journal(made)] == texts
+        steps = 3 if way == "name=online_dpo" else 6
+        assert json.loads((made / "summary.json").read_text())["steps"] == steps
+    assert len(adapters) == 5
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -241,6 +262,25 @@ def test_a_folder_that_cannot_be_written(bench: Bench, where: str) -> None:
     code, said = bench.server.run("run", bench.config, f"output_dir={bench.folder / where}", no_report=True)
     assert code == 2, said
     assert "cannot be made" in said
+    assert "Traceback" not in said
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(tmp_path)], check=False)
+    if mounted.returncode:
+        pytest.skip("no right to mount a tmpfs here")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_disk_that_cannot_be_written_from_the_start(bench: Bench, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    code, said = bench.server.run("run", bench.config, f"output_dir={small_disk}/runs", no_report=True)
+    assert code == 2, said
+    assert "cannot be made" in said
+    assert "Read-only file system" in said
     assert "Traceback" not in said
 
 
@@ -354,6 +394,7 @@ os.fsync, pathlib.Path.rename = synced, renamed
 """
 
 
+@pytest.mark.injects(0)
 def test_what_a_checkpoint_relies_on_is_on_the_disk_before_it(bench: Bench) -> None:
     """A power cut right after a checkpoint: its metrics, its rollouts and the journal must not be younger than it."""
     code, said = bench.server.run("run", bench.config, "run_name=synced", patch=RECORD_SYNCS, no_report=True)

@@ -139,6 +139,7 @@ def test_a_resumed_run_gets_what_it_had_not_learned_from(tmp_path):
     assert [r.number for r in read_journal(tmp_path)] == [0, 1, 2, 3]
 
 
+@pytest.mark.injects(1)
 def test_a_torn_end_anywhere(tmp_path):
     """Wherever a kill cuts the last rollout short, the ones before are given and it is not; then it is written anew."""
     marks = filled(tmp_path, rollouts=2, rows=2)
@@ -154,6 +155,7 @@ def test_a_torn_end_anywhere(tmp_path):
         assert journal_path(tmp_path).read_bytes() == whole
 
 
+@pytest.mark.injects(300)
 def test_no_flipped_bit_passes(tmp_path):
     marks = filled(tmp_path, rollouts=3, rows=2)
     whole = journal_path(tmp_path).read_bytes()
@@ -168,6 +170,7 @@ def test_no_flipped_bit_passes(tmp_path):
         assert len(said) == 1
 
 
+@pytest.mark.injects(4)
 def test_lost_and_doubled_lines_are_noticed(tmp_path):
     marks = filled(tmp_path)
     lines = journal_path(tmp_path).read_bytes().splitlines(keepends=True)
@@ -206,6 +209,7 @@ def test_the_source_is_what_rollouts_depend_on():
         assert source_of(parse_config({**base, **other})) != own
 
 
+@pytest.mark.injects(1)
 def test_a_shorter_journal_than_the_checkpoint_knew(tmp_path):
     marks = filled(tmp_path)
     os.truncate(journal_path(tmp_path), marks[2].size)
@@ -226,6 +230,7 @@ def test_what_must_not_be_learned_from_is_forgotten(tmp_path):
     assert [r.number for r in read_journal(tmp_path)] == [0, 1, 2]
 
 
+@pytest.mark.injects(1)
 def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path):
     """A limit on the file's size, as the kernel enforces it, strikes in the middle of a rollout."""
     import resource

@@ -18,6 +18,7 @@ from tiny_run import outcome, write_place
 from tandem.rl.checkpoint import damage
 from tandem.rl.rollout_journal import read_journal
 
+pytestmark = pytest.mark.injects(1)
 KILLS = int(os.environ.get("TANDEM_KILLS", "7"))
 
 

@@ -17,6 +17,8 @@ from tiny_run import outcome, write_place
 from tandem.rl.checkpoint import damage
 from tandem.rl.rollout_journal import read_journal
 
+pytestmark = pytest.mark.injects(1)
+
 HOLD = """
 import os, signal, subprocess, time
 import tandem.rl.trainer as trainer, tandem.rl.held_out as held_out, tandem.rl.guarded_passes as passes

@@ -198,6 +198,20 @@ def test_model_output_stays_text(tmp_path):
     assert "\x00" not in page.source
 
 
+def test_every_code_point_and_ten_megabytes(tmp_path):
+    everything, long = "".join(map(chr, range(0x110000))), "wörd🙂 <b>&\\n" * 700_000
+    for step, text in ((1, everything), (2, long)):
+        write_rollouts(tmp_path, step, [scored(step, text, 1.0), scored(step + 1, "beside it", 0.0)])
+    write_metrics(tmp_path, {"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.5})
+    write_config(tmp_path)
+    page = Page(write_report(tmp_path))  # reads strict UTF-8
+    assert "beside it" in page.pres
+    assert "<b>&" not in page.source
+    longest = max(page.pres, key=len)
+    assert longest.startswith(long[:1000])
+    assert any("🙂" in pre and "\\ud800" in pre for pre in page.pres), "half characters are written out"
+
+
 def test_a_supervised_run_without_rollouts(tmp_path):
     write_config(tmp_path)
     write_metrics(

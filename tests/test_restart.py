@@ -109,6 +109,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     made.server.close()
 
 
+@pytest.mark.injects(1)
 @pytest.mark.parametrize(
     "death",
     [
@@ -137,6 +138,7 @@ def test_a_dead_engine_is_built_anew_and_changes_nothing(bench: Bench, death: di
     assert set(versions) == {0, 2, 4}
 
 
+@pytest.mark.injects(2)
 @pytest.mark.parametrize(
     ("deaths", "step"),
     [
