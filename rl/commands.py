@@ -22,7 +22,7 @@ from tandem.rl.inputs import Inputs, prepare, prepare_replay
 from tandem.rl.journal import drop_after, write_rollouts
 from tandem.rl.lora import load_adapter, trainable
 from tandem.rl.memory_metrics import MemoryMeter, planned_memory
-from tandem.rl.open_model import open_model
+from tandem.rl.open_model import open_model, show_sizes
 from tandem.rl.optim import make_optimizer
 from tandem.rl.parity import check_engine
 from tandem.rl.replay import fill, replay_config, survey
@@ -42,7 +42,9 @@ from tandem.rl.unscored import unscored_path
 def run(config: Config, *, dry_run: bool, console: Console) -> bool:
     """`rl-train run`. Returns whether the run came to its end."""
     if dry_run:
-        _show_plan(config, prepare(config, console), console)
+        inputs = prepare(config, console)
+        _show_plan(config, inputs, console)
+        show_sizes(config, inputs, console)
         return True
     with _processes(config, console) as console:
         inputs = prepare(config, console)

@@ -14,6 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from tandem.kernels.packed_attention import PackLayout
+from tandem.rl.config import TrainConfig
 from tandem.rl.errors import UserError
 from tandem.rl.families import Layer, ModelSpec, Norm, describe
 from tandem.rl.layer_ops import LoraGrads, rms_norm_backward, tiles
@@ -21,6 +22,8 @@ from tandem.rl.layer_run import LayerRun, normed
 from tandem.rl.model import LanguageModel
 from tandem.rl.offload import HostStore, Store, fits, free_on, goes_to_host, layers_beside
 
+# Rows that pass the MLP at a time, where nothing else is said.
+TILE_ROWS = 4096
 # Attention in parts costs little time where each part is long: from these lengths on in two, in four, one by one.
 _GROUPS = ((12_288, 2), (24_576, 4), (49_152, 1 << 30))
 
@@ -41,10 +44,17 @@ class Plan:
             from the last, as fit beside everything else.
     """
 
-    tile_rows: int = 4096
+    tile_rows: int = TILE_ROWS
     groups: int | None = None
     attention: Literal["auto", "save", "recompute"] = "auto"
     projections: Literal["auto", "save", "recompute"] = "auto"
+
+    @classmethod
+    def of(cls, train: TrainConfig) -> Plan:
+        """As a config says."""
+        return cls(
+            train.mlp_tile_rows or TILE_ROWS, train.kv_head_groups, train.attention_memory, train.projection_memory
+        )
 
     def groups_for(self, rows: int, kv_heads: int) -> int:
         if self.groups is not None:

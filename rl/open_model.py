@@ -10,11 +10,12 @@ from tandem.rl.fused_layer import FusedLayers, Plan
 from tandem.rl.inputs import Inputs, with_environments
 from tandem.rl.lora import attach_lora
 from tandem.rl.model import LanguageModel, check_packing, load_model
+from tandem.rl.packing import default_max_tokens
 from tandem.rl.plan import VLLM_IN_FLIGHT, changed
-from tandem.rl.plan_command import summary, verdict
+from tandem.rl.plan_command import SIZE_HEADER, size_rows, summary, verdict
 from tandem.rl.plan_devices import gpu_here
 from tandem.rl.plan_shape import read_shape
-from tandem.rl.plan_sizing import choose_sizes
+from tandem.rl.plan_sizing import Sizing, choose_sizes
 from tandem.rl.training_data import longest_sequence
 from tandem.rl.weights import resolve_model
 from tandem.rollout.choose_engine import open_engine
@@ -61,27 +62,50 @@ def sized(config: Config, engine: str, inputs: Inputs, console: Console) -> Conf
 
     They are chosen anew at every start and not kept in the run's config, so that a run may go on on another card.
     """
+    sizing = _sizing_here(config, engine, inputs, console)
+    if sizing is None:
+        return config
+    device = sizing.plan.device
+    if sizing.chosen:
+        console.note(f"sizes for {device.name}, {device.memory_gib:.1f} GiB free: {sizing}")
+    _tell(sizing, console)
+    return changed(config, sizing.changes)
+
+
+def show_sizes(config: Config, inputs: Inputs, console: Console) -> None:
+    """What a run would choose here, and why."""
+    sizing = _sizing_here(config, _wanted_engine(config, console), inputs, console)
+    if sizing is None:
+        size = config.train.max_tokens or default_max_tokens("cpu")
+        console.note(f"without a GPU no size is chosen: packs have up to {size:,} tokens (rl-train plan --gpu CARD)")
+        return
+    console.table(f"Sizes for {sizing.plan.device.name}", size_rows(sizing), SIZE_HEADER)
+    _tell(sizing, console)
+
+
+def _sizing_here(config: Config, engine: str, inputs: Inputs, console: Console) -> Sizing | None:
+    """The choice for the GPU that is here; None without one, and where no plan can be made, which is said."""
     device = None if config.model.device == "cpu" else gpu_here()
     if device is None:
-        return config
+        return None
     data = inputs.data
     try:
-        sizing = choose_sizes(
+        return choose_sizes(
             read_shape(config.model),
             changed(config, {"rollout": {"engine": engine}}),
             device,
-            longest=longest_sequence(config, inputs.data),
+            longest=longest_sequence(config, data),
             evaluated=len(data.eval_prompts) * config.eval.num_generations,
         )
     except UserError as error:
         console.warn(f"no plan could be made, so that sizes are not chosen for this GPU: {error.problem}")
-        return config
-    if sizing.chosen:
-        console.note(f"sizes for {device.name}, {device.memory_gib:.1f} GiB free: {sizing}")
+        return None
+
+
+def _tell(sizing: Sizing, console: Console) -> None:
     console.note(summary(sizing.plan))
     if not sizing.plan.fits():
         console.warn(f"by the plan this run needs more than there is. {verdict(sizing.plan)}")
-    return changed(config, sizing.changes)
 
 
 def _wanted_engine(config: Config, console: Console) -> str:
@@ -116,7 +140,7 @@ def attach_layers(lm: LanguageModel, config: Config, console: Console) -> None:
     train, on_gpu = config.train, lm.device.type == "cuda"
     refusal = None
     if train.fused_layers or (train.fused_layers is None and on_gpu):
-        plan = Plan(train.mlp_tile_rows, train.kv_head_groups, train.attention_memory, train.projection_memory)
+        plan = Plan.of(train)
         try:
             FusedLayers(plan, offload=train.offload_activations).attach(lm)
             return

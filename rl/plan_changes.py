@@ -34,8 +34,8 @@ def candidates(plan: Ledger) -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, str, Any]] = []
     if setup.fused:
         kv = plan.shape.kv_heads
-        if train.mlp_tile_rows > 512:
-            found.append(("train", "mlp_tile_rows", train.mlp_tile_rows // 2))
+        if (rows := setup.plan.tile_rows) > 512:
+            found.append(("train", "mlp_tile_rows", rows // 2))
         if plan.peak_pack.groups < kv:
             found.append(("train", "kv_head_groups", kv))
         if train.offload_activations is False:

@@ -15,6 +15,7 @@ from tandem.rl.plan_shape import read_shape
 from tandem.rl.plan_sizing import Sizing, choose_sizes
 
 _SHOWN_CHANGES = 6
+SIZE_HEADER = ("", "value", "why")
 
 
 def plan(config: Config, *, gpu: str | None, host_gib: float | None, as_json: bool, console: Console) -> Sizing:
@@ -60,6 +61,7 @@ def as_dict(sizing: Sizing) -> dict[str, Any]:
             "kv_bytes_per_token": plan.kv_bytes_per_token if plan.work.generates else None,
         },
         "chosen": sizing.chosen,
+        "reasons": sizing.reasons,
         "longest": free.longest,
         "limits": free.limits,
         "binding": free.binding,
@@ -83,7 +85,7 @@ def show(sizing: Sizing, console: Console) -> None:
             f"{_gib(size)} GiB, to save time (train.projection_memory)."
         )
     if sizing.chosen:
-        console.note(f"Sizes that the config leaves open, as a run chooses them here: {sizing}")
+        console.table("Sizes that the config leaves open, as a run chooses them here", size_rows(sizing), SIZE_HEADER)
     console.table("What fits", _limit_rows(free))
     console.table(
         f"Seconds a step, estimated (all sequences of full length; {plan.work.learned:,} to learn from)",
@@ -99,6 +101,11 @@ def show(sizing: Sizing, console: Console) -> None:
         rows = [_change_row(change, plan) for change in (now, *changes[:_SHOWN_CHANGES])]
         console.table("What one change would buy", rows, header)
     console.note(verdict(plan))
+
+
+def size_rows(sizing: Sizing) -> list[tuple[str, str, str]]:
+    """What was chosen, and why."""
+    return [(name, str(value).lower(), sizing.reasons[name]) for name, value in sizing.chosen.items()]
 
 
 def _changes(sizing: Sizing) -> list[Change]:

@@ -79,7 +79,7 @@ def setup_of(shape: ModelShape, config: Config) -> Setup:
         fused=fused,
         checkpointed=not fused and train.gradient_checkpointing is not False,
         offload=train.offload_activations,
-        plan=Plan(train.mlp_tile_rows, train.kv_head_groups, train.attention_memory, train.projection_memory),
+        plan=Plan.of(train),
         restricted=rollout.top_k > 0 or rollout.top_p < 1,
         vllm=vllm,
         kv_width=1 if vllm and rollout.kv_cache_dtype == "fp8" else width,

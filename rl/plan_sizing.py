@@ -1,4 +1,4 @@
-"""Sizes that a config leaves open, chosen from the plan: tokens of a pack, offloading, sequences in flight, KV cache.
+"""Sizes that a config leaves open, chosen from the plan: packs, tiles, offloading, sequences in flight, KV cache.
 
 They decide about memory and speed, never about what is learned. What the config sets is left as it is.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tandem.rl.config import Config
+from tandem.rl.fused_layer import TILE_ROWS
 from tandem.rl.plan import MAX_TOKENS, VLLM_IN_FLIGHT, Ledger, Longest, changed, ledger
 from tandem.rl.plan_devices import GIB, Device
 from tandem.rl.plan_memory import FRAGMENTATION, kv_bytes
@@ -18,6 +19,7 @@ from tandem.rl.plan_shape import ModelShape
 USED_SHARE = 0.92
 # vLLM's cache comes in blocks of tokens, and its longest sequence is rounded up.
 _BLOCK, _LENGTHS = 16, 128
+_OPEN = (None, "auto")
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,13 @@ class Sizing:
     Attributes:
         plan: its plan, on the whole card. free: the plan of the config as it was given, whose limits are those of the
             card and not of the sizes that were chosen.
-        changes: what was chosen, by section and key.
+        changes: what was chosen, by section and key. reasons: why, by dotted name.
     """
 
     plan: Ledger
     free: Ledger
     changes: dict[str, dict[str, Any]]
+    reasons: dict[str, str]
 
     @property
     def config(self) -> Config:
@@ -52,10 +55,11 @@ def choose_sizes(
 ) -> Sizing:
     """Sizes for a run on `device`.
 
-    The largest pack up to 16,384 tokens that fits is taken, no smaller than the longest sequence; of offloading and
-    not, what fits and is estimated to be faster. As many sequences are generated at once as the batch has and, for the
-    transformers engine, as fit; vLLM's cache gets what these need, or what is left. Where nothing fits, a size stays
-    open, and the plan says so.
+    The largest pack up to 16,384 tokens that fits is taken, no smaller than the longest sequence, with the usual tiles
+    and groups, or smaller tiles and more groups where it does not fit with these; of offloading and not, and of
+    attention's output saved and computed again, what fits and is estimated to be faster. As many sequences are
+    generated at once as the batch has and, for the transformers engine, as fit; vLLM's cache gets what these need, or
+    what is left. Where nothing fits, a size stays open, and the plan says so.
 
     Args:
         longest: the longest sequence, where it is known. evaluated: completions of a held-out evaluation.
@@ -65,12 +69,15 @@ def choose_sizes(
     changes = {"train": _training(room)}
     if free.work.generates:
         changes["rollout"] = _rollout(room.again(changed(config, changes)), evaluated)
-    return Sizing(free.again(changed(config, changes)), free, changes)
+    reasons = {
+        f"{section}.{key}": reason for section in changes for key, reason in _reasons(room, changes, section).items()
+    }
+    return Sizing(free.again(changed(config, changes)), free, changes, reasons)
 
 
 def _training(room: Ledger) -> dict[str, Any]:
-    """Tokens of a pack, and offloading."""
-    train, setup, length = room.config.train, room.setup, room.work.length
+    """Tokens of a pack, offloading, and how fused layers spend memory."""
+    train, length = room.config.train, room.work.length
     packs = [train.max_tokens]
     if train.max_tokens is None:
         size = max(MAX_TOKENS, length)
@@ -78,17 +85,49 @@ def _training(room: Ledger) -> dict[str, Any]:
         while size > length:
             size = max(size // 2, length)
             packs.append(size)
-    ways = [train.offload_activations]
-    if train.offload_activations is None and (setup.fused or setup.checkpointed):
-        ways = [False, True]
+    ways, rungs = _ways(room), _rungs(room)
     for tokens in packs:
-        options = [{"max_tokens": tokens, "offload_activations": way} for way in ways]
-        plans = [(one, room.again(changed(room.config, {"train": one}))) for one in options]
-        fitting = [(one, plan) for one, plan in plans if plan.trains()]
-        if fitting:
-            best, _ = min(fitting, key=lambda pair: pair[1].update_seconds)
-            return _only_open(best, train)
-    return _only_open({"max_tokens": packs[-1]}, train)
+        # The most frugal tell whether it is worth looking.
+        if not any(_with(room, {"max_tokens": tokens, **way, **rungs[-1]}).trains() for way in ways):
+            continue
+        for rung in rungs:
+            options = [{"max_tokens": tokens, **way, **rung} for way in ways]
+            fitting = [(one, plan) for one in options if (plan := _with(room, one)).trains()]
+            if fitting:
+                best, plan = min(fitting, key=lambda pair: pair[1].update_seconds)
+                if room.setup.fused:
+                    best["attention_memory"] = "save" if plan.peak_pack.saves else "recompute"
+                return _only_open(best, train)
+    return _only_open({"max_tokens": packs[-1], **rungs[-1]}, train)
+
+
+def _ways(room: Ledger) -> list[dict[str, Any]]:
+    """Where what the backward pass needs waits, and whether attention is a part of it; the most frugal is the last."""
+    train, setup = room.config.train, room.setup
+    offload: list[Any] = [train.offload_activations]
+    if train.offload_activations is None and (setup.fused or setup.checkpointed):
+        offload = [False, True]
+    attention: list[Any] = [train.attention_memory]
+    if train.attention_memory == "auto" and setup.fused:
+        attention = ["auto", "recompute"]  # the first saves where that takes a modest share of memory
+    return [{"offload_activations": one, "attention_memory": other} for one in offload for other in attention]
+
+
+def _rungs(room: Ledger) -> list[dict[str, Any]]:
+    """Rows of a tile and groups of KV heads, from the usual ones, which cost least, to the most frugal."""
+    train = room.config.train
+    if not room.setup.fused:
+        return [{}]
+    rows = [train.mlp_tile_rows] if train.mlp_tile_rows else [TILE_ROWS, TILE_ROWS // 2, TILE_ROWS // 4, TILE_ROWS // 8]
+    found: list[dict[str, Any]] = [{"mlp_tile_rows": one} for one in rows]
+    if train.kv_head_groups is None:
+        heads = room.shape.kv_heads
+        found += [{"mlp_tile_rows": one, "kv_head_groups": heads} for one in rows]
+    return found
+
+
+def _with(room: Ledger, train: dict[str, Any]) -> Ledger:
+    return room.again(changed(room.config, {"train": train}))
 
 
 def _rollout(room: Ledger, evaluated: int) -> dict[str, Any]:
@@ -113,4 +152,57 @@ def _rollout(room: Ledger, evaluated: int) -> dict[str, Any]:
 
 def _only_open(values: dict[str, Any], section: Any) -> dict[str, Any]:
     """Those that the section does not set, and that are known."""
-    return {key: value for key, value in values.items() if getattr(section, key) is None and value is not None}
+    known = {key: value for key, value in values.items() if value not in _OPEN}
+    return {key: value for key, value in known.items() if getattr(section, key) in _OPEN}
+
+
+def _reasons(room: Ledger, changes: dict[str, dict[str, Any]], section: str) -> dict[str, str]:
+    """Why each value of a section was chosen: what the next larger or the other one would need, or take."""
+    values = changes[section]
+    if section == "rollout":
+        return {key: _rollout_reason(room, key, value) for key, value in values.items()}
+    plan = room.again(changed(room.config, changes))
+    if not plan.trains():
+        return dict.fromkeys(values, "the least there is, which does not fit either")
+    found = {}
+    for key, value in values.items():
+        other = {**values, key: _instead(key, value)}
+        if key == "offload_activations":
+            other.pop("attention_memory", None)  # where there is more room, it may be another
+        if key == "max_tokens" and value >= MAX_TOKENS:
+            found[key] = "the longest sequence, which is never cut" if value > MAX_TOKENS else "the usual size; it fits"
+        elif key == "mlp_tile_rows" and value >= TILE_ROWS:
+            found[key] = "the usual size; it fits"
+        else:
+            found[key] = _against(plan, _with(room, other), f"with {_shown(other[key])}")
+    return found
+
+
+def _instead(key: str, value: Any) -> Any:
+    """The value that a chosen one was preferred to."""
+    if key == "kv_head_groups":
+        return None
+    if key == "attention_memory":
+        return "recompute" if value == "save" else "save"
+    return not value if isinstance(value, bool) else 2 * value
+
+
+def _against(plan: Ledger, other: Ledger, label: str) -> str:
+    if not other.trains():
+        need, have = other.training().bytes / GIB, other.device.memory_gib
+        if need <= have:
+            return f"{label} the host is too small"
+        return f"{label} training needs {need:.2f} GiB of {have:.2f}"
+    if f"{other.update_seconds:.3g}" == f"{plan.update_seconds:.3g}":
+        return f"{label} an update is no faster"
+    return f"{label} an update takes {other.update_seconds:.3g} s in place of {plan.update_seconds:.3g}"
+
+
+def _rollout_reason(room: Ledger, key: str, value: Any) -> str:
+    if key == "kv_cache_gib":
+        return "what so many sequences at once need, or what is left"
+    return "as many as fit, or as the engine takes" if value < room.work.sequences else "the whole batch"
+
+
+def _shown(value: Any) -> str:
+    return "groups by length" if value is None else str(value).lower()

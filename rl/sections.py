@@ -324,14 +324,15 @@ class TrainConfig(Section):
     offload_activations: bool | None = None
     """Keep what the backward pass needs of each layer in host memory; None: on a GPU where the plan
     says that it does not fit otherwise, or is slower."""
-    mlp_tile_rows: Positive = 4096
-    """Fused layers: rows that pass the MLP at a time."""
+    mlp_tile_rows: Positive | None = None
+    """Fused layers: rows that pass the MLP at a time; None: 4096, fewer where the plan says that a pack does not fit
+    otherwise."""
     kv_head_groups: Positive | None = None
     """Fused layers: parts in which attention's KV heads are run; None: 1, 2 from 12,288 tokens on, 4 from 24,576 on,
-    each head alone from 49,152 on."""
+    each head alone from 49,152 on, and where the plan says that a pack does not fit otherwise."""
     attention_memory: Literal["auto", "save", "recompute"] = "auto"
     """Fused layers: save attention's output for the backward pass, or recompute it, which takes half the host memory
-    and a quarter more time in attention; auto: save where host memory is enough."""
+    and a quarter more time in attention; auto: by the plan, else save where memory is enough."""
     projection_memory: Literal["auto", "save", "recompute"] = "auto"
     """Fused layers: keep queries, keys, values, gate and up for the backward pass on the device, in place of computing
     them again (a tenth of the time); auto: on a GPU, of as many layers as there is memory left for."""

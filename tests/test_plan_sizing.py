@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +74,8 @@ def test_examples_for_cards_fit_them(path: Path, monkeypatch: pytest.MonkeyPatch
         sizing = choose_sizes(read_shape(config.model), config, find_device(card, host_gib=64))
         assert sizing.plan.fits(), card
         assert sizing.chosen.keys() == {
-            "train.max_tokens", "train.offload_activations", "rollout.max_in_flight", "rollout.kv_cache_gib"
+            "train.max_tokens", "train.offload_activations", "train.attention_memory", "train.mlp_tile_rows",
+            "rollout.max_in_flight", "rollout.kv_cache_gib",
         }  # fmt: skip
 
 
@@ -99,7 +101,8 @@ def test_what_is_chosen_fits_with_room_to_spare(qwen: ModelShape, card: str, eng
 
 
 def test_what_the_config_sets_stays(qwen: ModelShape) -> None:
-    given = {"train": {"max_tokens": 3000, "offload_activations": False}, "rollout": {"max_in_flight": 7}}
+    layers = {"offload_activations": False, "attention_memory": "recompute", "mlp_tile_rows": 1000}
+    given = {"train": {"max_tokens": 3000, **layers}, "rollout": {"max_in_flight": 7}}
     sizing = sized(qwen, "24", **given, data={"max_prompt_length": 100})
     assert sizing.chosen.keys() == {"rollout.kv_cache_gib"}
     again = sized(qwen, "24", rollout={"kv_cache_gib": 3.0})
@@ -110,7 +113,7 @@ def test_what_the_config_sets_stays(qwen: ModelShape) -> None:
 
 def test_packs_are_halved_where_a_full_one_does_not_fit(qwen: ModelShape) -> None:
     short = {"data": {"max_prompt_length": 256}, "rollout": {"engine": "transformers", "max_completion_length": 256}}
-    for gib in ("9.9", "10.5"):
+    for gib in ("9.9", "10.0"):
         sizing, room = sized(qwen, gib, **short), USED_SHARE * find_device(gib).memory
         size = sizing.config.train.max_tokens
         assert size is not None
@@ -121,6 +124,28 @@ def test_packs_are_halved_where_a_full_one_does_not_fit(qwen: ModelShape) -> Non
             larger = {"train": {"max_tokens": 2 * size, "offload_activations": way}}
             assert sized(qwen, gib, **short, **larger).plan.training().bytes > room
     assert sized(qwen, "24", **short).config.train.max_tokens == 16384
+
+
+def test_smaller_tiles_come_before_smaller_packs(qwen: ModelShape) -> None:
+    sizing = sized(qwen, "10.0")
+    chosen = sizing.config.train
+    assert (chosen.max_tokens, chosen.mlp_tile_rows, chosen.kv_head_groups) == (8192, 2048, None)
+    usual = sized(qwen, "10.0", train={"mlp_tile_rows": 4096, "kv_head_groups": 2})
+    assert usual.config.train.max_tokens < 8192  # type: ignore[operator]
+    assert sizing.reasons["train.mlp_tile_rows"].startswith("with 4096 training needs ")
+
+
+def test_every_choice_has_a_reason_that_its_plan_bears_out(qwen: ModelShape) -> None:
+    for card in ("9.5", "9.9", "10.0", "14", "24", "80"):
+        sizing = sized(qwen, card)
+        assert sizing.reasons.keys() == sizing.chosen.keys()
+        limit = USED_SHARE * find_device(card).memory_gib
+        for name, reason in sizing.reasons.items():
+            if found := re.search(r"training needs ([\d.]+) GiB of ([\d.]+)$", reason):
+                assert float(found[2]) == pytest.approx(limit, abs=0.01)
+                assert float(found[1]) >= limit - 0.01, name
+        if sizing.plan.training().bytes > limit * GIB:
+            assert "does not fit either" in sizing.reasons["train.max_tokens"]
 
 
 def test_long_sequences_have_a_pack_of_their_own_length(qwen: ModelShape) -> None:
@@ -227,13 +252,27 @@ def test_a_run_chooses_and_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.data == config.data
     text = " ".join(said.getvalue().split())
     assert (
-        f"train.max_tokens=16384 train.offload_activations=true rollout.max_in_flight=70 "
+        "train.max_tokens=16384 train.offload_activations=true train.attention_memory=save train.mlp_tile_rows=4096 "
+        "rollout.max_in_flight=70 "
         f"rollout.kv_cache_gib={made.rollout.kv_cache_gib}" in text
     )
     assert "training peaks at" in text
     assert "a rollout at" in text
     assert "needs more than there is" not in text
     assert open_model.vllm_options(made, SimpleNamespace(data=data)).kv_cache_gib == made.rollout.kv_cache_gib  # type: ignore[arg-type]
+
+
+def test_a_dry_run_shows_sizes_and_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    inputs = SimpleNamespace(data=TrainingData(prompts=[Prompt(0, [1] * 300, "")]))
+    for device, expected in (
+        (find_device("24", host_gib=64), "train.mlp_tile_rows 4096 the usual size; it fits"),
+        (None, "without a GPU no size is chosen: packs have up to 4,096 tokens"),
+    ):
+        monkeypatch.setattr(open_model, "gpu_here", lambda device=device: device)
+        said = io.StringIO()
+        open_model.show_sizes(config_of(), inputs, Console(said, said))  # type: ignore[arg-type]
+        assert expected in " ".join(said.getvalue().replace("│", " ").split())
 
 
 def test_a_run_that_does_not_fit_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
