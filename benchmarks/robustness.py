@@ -1,4 +1,4 @@
-"""Counts what the tests break: inputs that are tried and faults that are injected, as the run of the tests reports them.
+"""Counts what the tests break, as their run reports it: inputs that are tried and faults that are injected.
 
     python benchmarks/robustness.py            # runs the tests that break something; minutes
     python benchmarks/robustness.py --xml FILE # takes the numbers of a run that was made with --junitxml
@@ -88,8 +88,9 @@ def counted(report: ET.Element) -> dict[str, Any]:
 def sentence(result: dict[str, Any], path: Path) -> str:
     """What the README says of a result."""
     parts = [f"{result['faults_by_file'][file]} {name}" for file, name in NAMES.items()]
+    inputs, faults = result["inputs"], result["faults"]
     return (
-        f"The tests hand {result['inputs']} broken inputs to the command line and inject {result['faults']} faults into runs\n"
+        f"The tests hand {inputs} bad inputs to the command line and inject {faults} faults into runs\n"
         f"({', '.join(parts)}): one clear message each, or the same end as an undisturbed run\n"
         f"([{path.name}]({path.relative_to(ROOT).as_posix()}); what happens on each: [docs/faults.md](docs/faults.md))."
     )

@@ -22,6 +22,11 @@ def _finite_float(value: Any) -> Any:
     return value
 
 
+def _word_off(value: object) -> object:
+    """YAML reads `off` without quotes as false."""
+    return "off" if value is False else value
+
+
 Number = Annotated[float, BeforeValidator(_finite_float), Field(allow_inf_nan=False)]
 
 
@@ -430,7 +435,7 @@ class ParityConfig(Section):
     """Whether engine and trainer compute the same policy: their log-probs of the same sampled tokens, compared in every
     step (free of a forward pass, except for online_dpo) and logged as `parity/*`."""
 
-    action: Literal["stop", "warn", "off"] = "stop"
+    action: Annotated[Literal["stop", "warn", "off"], BeforeValidator(_word_off)] = "stop"
     """Beyond a limit. stop: end the run with a checkpoint from before the step, and the likely causes; warn: say so and
     go on; off: no comparison."""
     check_steps: Positive = 10

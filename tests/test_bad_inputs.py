@@ -14,7 +14,7 @@ import pickle
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -425,9 +425,9 @@ def test_command_lines(place: Place) -> None:
         assert "Traceback" not in done.err
 
 
-def test_there_are_enough_of_them(record_property: Callable[[str, object], None]) -> None:
+def test_there_are_enough_of_them(request: pytest.FixtureRequest) -> None:
     """Runs last. The count in the README is read from here (`benchmarks/robustness.py`)."""
-    record_property("inputs", sum(TRIED.values()))
+    request.node.user_properties.append(("inputs", sum(TRIED.values())))
     print(f"\nbad inputs tried: {sum(TRIED.values())} ({', '.join(f'{n} {k}' for k, n in sorted(TRIED.items()))})")
     if set(TRIED) >= {"config", "data set", "chat template", "model or tokenizer", "adapter", "checkpoint"}:
         assert sum(TRIED.values()) >= 300

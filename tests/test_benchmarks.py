@@ -569,3 +569,33 @@ def test_no_script_bears_the_name_of_a_package() -> None:
     """The folder of a script comes first on the path: transformers would import benchmarks/kernels.py as kernels."""
     taken = {"kernels", "torch", "triton", "transformers", "peft", "trl", "datasets", "wandb", "rl", "rewards"}
     assert not taken & {path.stem for path in BENCHMARKS.glob("*.py")}
+
+
+# Long runs, counts of faults
+
+
+def test_growth_is_that_of_the_last_quarter_over_the_second():
+    long_run = module("long_run")
+    records = [{"memory/resident_mib": 100.0 + 2 * step, "memory/threads": 3} for step in range(1, 101)]
+    found = long_run.growth(records)
+    assert found["resident_mib"] == {"second_quarter": 176.0, "last_quarter": 276.0, "per_step": 2.0}
+    assert found["threads"]["per_step"] == 0.0
+    assert "cuda_allocated_mib" not in found
+
+
+def test_faults_count_where_their_test_passed():
+    import xml.etree.ElementTree as ET
+
+    def case(name: str, faults: int, inside: str = "") -> str:
+        properties = f'<properties><property name="faults" value="{faults}"/></properties>'
+        return f'<testcase classname="tests.test_kill" name="{name}">{properties}{inside}</testcase>'
+
+    tried = '<properties><property name="inputs" value="7"/></properties>'
+    bad = f'<testcase classname="tests.test_bad_inputs" name="n">{tried}</testcase>'
+    report = ET.fromstring(
+        f"<testsuites><testsuite>{case('a', 1)}{case('b', 300)}{case('c', 5, '<failure/>')}"
+        f"{case('d', 9, '<skipped/>')}{bad}</testsuite></testsuites>"
+    )
+    found = module("robustness").counted(report)
+    assert (found["inputs"], found["faults"], found["faults_by_file"]) == (7, 301, {"kill": 301})
+    assert (found["tests"], found["failed"], found["skipped"]) == (5, ["c"], ["d"])

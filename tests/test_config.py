@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -534,3 +535,14 @@ def test_every_example_loads() -> None:
     assert examples, "examples/ holds no config"
     names = [load_config(path).run_name for path in examples]
     assert len(set(names)) == len(names), f"two examples write the same run folder: {names}"
+
+
+def test_off_without_quotes_is_a_word(tmp_path):
+    base = {
+        "model": {"model_name_or_path": "m"},
+        "data": {"dataset_name": "d"},
+        "rewards": {"reward_funcs": ["length"]},
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(base)[:-1] + ', "parity": {action: off}}')
+    assert load_config(tmp_path / "c.yaml").parity.action == "off"
+    assert load_config(tmp_path / "c.yaml", ["parity.action=off"]).parity.action == "off"

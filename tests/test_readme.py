@@ -41,3 +41,15 @@ def test_every_seed_of_the_demo_gains_a_quarter():
     rows = json.loads(newest.read_text(encoding="utf-8"))["rows"]
     assert len({row["seed"] for row in rows}) >= 3
     assert all(row["score_after"] - row["score_before"] >= 0.25 for row in rows)
+
+
+def test_what_is_tried_and_injected_is_what_a_run_of_the_tests_reported():
+    spec = importlib.util.spec_from_file_location("robustness", ROOT / "benchmarks" / "robustness.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    newest = sorted((ROOT / "benchmarks" / "results").glob("robustness-cpu-*.json"))[-1]
+    result = json.loads(newest.read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.partition(module.BEGIN)[2].partition(module.END)[0].strip() == module.sentence(result, newest)
+    assert result["failed"] == []
+    assert result["faults"] == sum(result["faults_by_file"].values())
