@@ -326,6 +326,7 @@ def tandem(system: str, arguments: argparse.Namespace, started: float) -> None:
     from tandem.rl.open_model import open_model
     from tandem.rl.optim import make_optimizer
     from tandem.rl.rollout_journal import Mark, RolloutJournal, source_of
+    from tandem.rl.stopping import Stopping
     from tandem.rl.trackers import NoTrackers
     from tandem.rl.trainer import Trainer
 
@@ -363,7 +364,7 @@ def tandem(system: str, arguments: argparse.Namespace, started: float) -> None:
             state=State(),
             trackers=Rows(),
             console=console,
-            should_stop=lambda: False,
+            stopping=Stopping(),
             objective=inputs.objective,
             journal=RolloutJournal(config.run_dir, Mark(0, 0), source=source_of(config), note=console.note),
         )

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 Row = dict[str, Any]
 REFERENCE = "tandem"
 GIB = 2**30
-# Okabe and Ito's palette, which colour-blind readers tell apart; markers say the same once more.
+# Okabe and Ito's palette, which colour-blind readers tell apart, and a grey; markers say the same once more.
 STYLES = {
     "tandem": ("#0072B2", "o"),
     "tandem-no-offload": ("#56B4E9", "D"),
     "tandem-recompute": ("#009E73", "P"),
     "tandem-save-attention": ("#F0E442", "X"),
     "tandem-plain": ("#000000", "v"),
+    "tandem-no-projections": ("#999999", "h"),
     "trl": ("#D55E00", "s"),
     "trl-offload": ("#E69F00", "d"),
     "unsloth": ("#CC79A7", "^"),
