@@ -12,9 +12,11 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- update-results -->", "<!-- /update-results -->"
+ROLLOUT_BEGIN, ROLLOUT_END = "<!-- rollout-results -->", "<!-- /rollout-results -->"
 NAMES = {
-    "tandem": "Tandem",
+    "tandem": "Tandem, in the memory that is free",
     "tandem-no-offload": "Tandem, nothing in host memory",
+    "tandem-no-projections": "Tandem, as little memory as possible",
     "trl": "TRL",
     "trl-offload": "TRL, checkpoints in host memory",
     "unsloth": "Unsloth",
@@ -23,13 +25,18 @@ NAMES = {
 
 def main() -> None:
     readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{update_table()}\n{END}{after}", encoding="utf-8")
+    text = readme.read_text(encoding="utf-8")
+    for begin, end, table in ((BEGIN, END, update_table()), (ROLLOUT_BEGIN, ROLLOUT_END, rollout_table())):
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+    readme.write_text(text, encoding="utf-8")
 
 
 def results() -> list[tuple[Path, dict[str, Any]]]:
-    return [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("update-h100-*.json"))]
+    return [
+        (path, json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(RESULTS.glob("update-*.json"), key=_date)
+    ]
 
 
 def update_table() -> str:
@@ -61,6 +68,37 @@ def update_table() -> str:
         f"({_link(long_path)}).",
     ]
     return "\n".join(lines)
+
+
+def rollout_table() -> str:
+    """Decoding of the newest run with stock vLLM beside two weight formats, and the phases of a step."""
+    for path in sorted(RESULTS.glob("rollout-*.json"), key=_date, reverse=True):
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        rates = {(r["system"], r["batch"]): r["decode_tokens_per_s"] for r in rows if r["kind"] == "decode"}
+        if {"vllm-bnb", "tandem-nf4", "tandem-int4"} <= {system for system, _ in rates}:
+            break
+    batches = sorted({batch for _, batch in rates})
+    lines = ["| sequences | " + " | ".join(map(str, batches)) + " |", "|---" * (len(batches) + 1) + "|"]
+    names = {"vllm-bnb": "vLLM, bitsandbytes", "tandem-nf4": "Tandem, NF4", "tandem-int4": "Tandem, int4"}
+    for system, name in names.items():
+        cells = []
+        for batch in batches:
+            rate, stock = rates[system, batch], rates["vllm-bnb", batch]
+            cells.append(f"{rate:,.0f}" + ("" if system == "vllm-bnb" else f" ({rate / stock:.2f}×)"))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    phases = next(r for r in rows if r["kind"] == "phases" and r["system"] == "tandem-nf4")
+    lines += [
+        "",
+        f"Between rollout and update: {phases['sleep_ms']:.1f} ms to sleep, {phases['wake_ms']:.1f} ms to wake, "
+        f"{phases['push_ms']:.1f} ms to hand the adapter over (medians of {phases['cycles']} cycles, after which "
+        f"{phases['drift_mib']:.0f} MiB more were in use).",
+    ]
+    return "\n".join(lines)
+
+
+def _date(path: Path) -> str:
+    """BENCHMARK-DEVICE[-MODEL]-YEAR-MONTH-DAY-TIME.json: the newest last, whatever the device."""
+    return "-".join(path.stem.split("-")[-4:])
 
 
 def _measured(result: dict[str, Any]) -> set[str]:

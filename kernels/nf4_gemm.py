@@ -58,7 +58,7 @@ class Config:
 
 # By rows of x; the fastest of `benchmarks/tune_nf4_gemm.py`.
 _CONFIGS = (
-    (1, Config(block_n=32, block_m=1, unroll=2, stages=1)),
+    (1, Config(block_n=16, block_m=1, unroll=4, stages=1, splits=4)),
     (16, Config(block_n=128, block_m=16)),
     (32, Config(block_n=128, block_m=32)),
     (64, Config(block_n=128, block_m=64, unroll=1, stages=4, splits=4)),

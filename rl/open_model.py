@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from tandem.rl import distributed
 from tandem.rl.checkpoint_offload import CheckpointedLayers
 from tandem.rl.config import Config
 from tandem.rl.console import Console
@@ -31,7 +34,7 @@ def open_model(
     that is here, if there is one."""
     from tandem.rl.chat import stop_token_ids
 
-    wanted = _wanted_engine(config, console)
+    wanted = _wanted_engine(config)
     config = sized(config, wanted, inputs, console)
     lm = load_model(config.model, inputs.tokenizer, shared=wanted != "transformers" and vllm_refusal() is None)
     for note in lm.notes:
@@ -74,7 +77,7 @@ def sized(config: Config, engine: str, inputs: Inputs, console: Console) -> Conf
 
 def show_sizes(config: Config, inputs: Inputs, console: Console) -> None:
     """What a run would choose here, and why."""
-    sizing = _sizing_here(config, _wanted_engine(config, console), inputs, console)
+    sizing = _sizing_here(config, _wanted_engine(config), inputs, console)
     if sizing is None:
         size = config.train.max_tokens or default_max_tokens("cpu")
         console.note(f"without a GPU no size is chosen: packs have up to {size:,} tokens (rl-train plan --gpu CARD)")
@@ -92,7 +95,7 @@ def _sizing_here(config: Config, engine: str, inputs: Inputs, console: Console) 
     try:
         return choose_sizes(
             read_shape(config.model),
-            changed(config, {"rollout": {"engine": engine}}),
+            changed(config, {"rollout": {"engine": _planned(engine)}}),
             device,
             longest=longest_sequence(config, data),
             evaluated=len(data.eval_prompts) * config.eval.num_generations,
@@ -108,15 +111,17 @@ def _tell(sizing: Sizing, console: Console) -> None:
         console.warn(f"by the plan this run needs more than there is. {verdict(sizing.plan)}")
 
 
-def _wanted_engine(config: Config, console: Console) -> str:
-    """The engine to try. The vLLM engine is on trial, so a run gets it only by name."""
-    if not config.uses_rollouts or config.rollout.engine == "transformers":
+def _wanted_engine(config: Config) -> str:
+    """The engine to try; auto: vLLM if it can be had, which only a single process on a GPU can hope for."""
+    if not config.uses_rollouts:
         return "transformers"
-    if config.rollout.engine == "vllm":
-        return "vllm"
-    if config.model.device != "cpu" and vllm_refusal() is None:
-        console.note("rollouts go through transformers; rollout.engine=vllm is faster, and still on trial")
-    return "transformers"
+    alone = config.model.device != "cpu" and torch.cuda.is_available() and distributed.world_size() == 1
+    return "transformers" if config.rollout.engine == "auto" and not alone else config.rollout.engine
+
+
+def _planned(engine: str) -> str:
+    """The engine that memory is planned for."""
+    return "vllm" if engine == "vllm" or (engine == "auto" and vllm_refusal() is None) else "transformers"
 
 
 def vllm_options(config: Config, inputs: Inputs) -> VllmOptions:

@@ -161,8 +161,8 @@ class RolloutConfig(Section):
     """How completions are generated."""
 
     engine: Literal["auto", "vllm", "transformers"] = "auto"
-    """transformers: embedded, runs anywhere; vllm: in this process, on the trainer's weights (on trial); auto:
-    transformers."""
+    """transformers: embedded, runs anywhere; vllm: in this process, on the trainer's weights; auto: vllm on a GPU where
+    vLLM is installed and serves this model, else transformers."""
     num_generations: Annotated[int, Field(ge=1)] = 8
     """Completions per prompt (the group size, G)."""
     max_completion_length: Positive = 512

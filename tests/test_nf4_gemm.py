@@ -179,8 +179,8 @@ def test_splits_cover_all_blocks_once():
                     per_program, splits = _split(blocks, count, tiles, config, device)
                     assert per_program % unroll == 0
                     assert (splits - 1) * per_program < blocks <= splits * per_program
-    assert _split(64, 1, 384, default_config(1), device)[1] == 1
-    assert _split(64, 1, 64, default_config(1), device)[1] > 1
+    assert _split(64, 16, 384, default_config(16), device)[1] == 1
+    assert _split(64, 16, 64, default_config(16), device)[1] > 1
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the other process")

@@ -238,7 +238,7 @@ def started(config: Config, data: TrainingData, monkeypatch: pytest.MonkeyPatch,
     file = io.StringIO()
     console = Console(file, file)
     inputs = SimpleNamespace(data=data)
-    return open_model.sized(config, open_model._wanted_engine(config, console), inputs, console), file  # type: ignore[arg-type]
+    return open_model.sized(config, open_model._wanted_engine(config), inputs, console), file  # type: ignore[arg-type]
 
 
 def test_a_run_chooses_and_tells(monkeypatch: pytest.MonkeyPatch) -> None:

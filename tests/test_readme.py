@@ -19,12 +19,14 @@ def test_the_demo_table_is_that_of_the_newest_result():
     assert text.partition(module.BEGIN)[2].partition(module.END)[0].strip() == table
 
 
-def test_the_table_of_updates_is_that_of_the_stored_results():
+def test_the_tables_of_updates_and_rollouts_are_those_of_the_stored_results():
     spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme_tables.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.partition(module.BEGIN)[2].partition(module.END)[0].strip() == module.update_table()
+    rollouts = text.partition(module.ROLLOUT_BEGIN)[2].partition(module.ROLLOUT_END)[0].strip()
+    assert rollouts == module.rollout_table()
 
 
 def test_the_demo_on_a_gpu_learns_alike_in_both_ways():
