@@ -79,16 +79,21 @@ def opened(folder: Path, **more: Any) -> Opened:
 
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before, start = torch.cuda.memory_allocated(), time.perf_counter()
+    before, requested, start = torch.cuda.memory_allocated(), _requested(), time.perf_counter()
     options = {"format": "nf4", "device": "cuda", "cache_dir": folder.parent / "cache"} | more
     store = WeightStore.open(folder, **options)
     torch.cuda.synchronize()
     return Opened(
         store,
         time.perf_counter() - start,
-        torch.cuda.memory_allocated() - before,
+        _requested() - requested,
         torch.cuda.max_memory_allocated() - before,
     )
+
+
+def _requested() -> int:
+    """Bytes that tensors asked for. What the allocator counts is up to a MiB more for each large one, by chance."""
+    return torch.cuda.memory_stats().get("requested_bytes.all.current", 0)
 
 
 def four_bit(folder: Path) -> Any:
