@@ -12,6 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- update-results -->", "<!-- /update-results -->"
+KERNELS_BEGIN, KERNELS_END = "<!-- kernel-results -->", "<!-- /kernel-results -->"
 ROLLOUT_BEGIN, ROLLOUT_END = "<!-- rollout-results -->", "<!-- /rollout-results -->"
 NAMES = {
     "tandem": "Tandem, in the memory that is free",
@@ -24,12 +25,14 @@ NAMES = {
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for begin, end, table in ((BEGIN, END, update_table()), (ROLLOUT_BEGIN, ROLLOUT_END, rollout_table())):
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
-    readme.write_text(text, encoding="utf-8")
+    fill(ROOT / "README.md", BEGIN, END, update_table())
+    fill(ROOT / "README.md", ROLLOUT_BEGIN, ROLLOUT_END, rollout_table())
+    fill(ROOT / "docs" / "kernels.md", KERNELS_BEGIN, KERNELS_END, kernel_table())
+
+
+def fill(path: Path, begin: str, end: str, table: str) -> None:
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    path.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 def results() -> list[tuple[Path, dict[str, Any]]]:
@@ -68,6 +71,28 @@ def update_table() -> str:
         f"({_link(long_path)}).",
     ]
     return "\n".join(lines)
+
+
+def kernel_table() -> str:
+    """Each kernel of the newest run: milliseconds and the share of the floor that is reached, ours beside others."""
+    path = max(RESULTS.glob("kernels-*.json"), key=_date)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    systems = ["tandem", "torch", "torch.compile", "liger", "other"]
+    lines = ["| kernel | sizes | " + " | ".join(systems) + " |", "|---" * (len(systems) + 2) + "|"]
+    cases = dict.fromkeys((row["kernel"], row["case"]) for row in result["rows"])
+    for kernel, case in cases:
+        cells = dict.fromkeys(systems, "–")
+        for row in result["rows"]:
+            if (row["kernel"], row["case"]) != (kernel, case) or not row.get("seconds"):
+                continue
+            known = row["system"] in systems
+            text = f"{row['seconds'] * 1e3:.2f} ({row['share']:.0%})" + ("" if known else f" {row['system']}")
+            name = row["system"] if known else "other"
+            cells[name] = text if cells[name] == "–" else f"{cells[name]}, {text}"
+        lines.append(f"| {kernel} | {case} | " + " | ".join(cells.values()) + " |")
+    rates = f"{result['copy_gb_per_s']:,.0f} GB/s copied, {result['product_tflop_per_s']:.0f} TFLOP/s multiplied"
+    relative = path.relative_to(ROOT).as_posix()
+    return "\n".join([*lines, "", f"{result['device']}, {rates}; from [{path.name}](../{relative})."])
 
 
 def rollout_table() -> str:

@@ -27,6 +27,9 @@ def test_the_tables_of_updates_and_rollouts_are_those_of_the_stored_results():
     assert text.partition(module.BEGIN)[2].partition(module.END)[0].strip() == module.update_table()
     rollouts = text.partition(module.ROLLOUT_BEGIN)[2].partition(module.ROLLOUT_END)[0].strip()
     assert rollouts == module.rollout_table()
+    kernels = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    table = kernels.partition(module.KERNELS_BEGIN)[2].partition(module.KERNELS_END)[0].strip()
+    assert table == module.kernel_table()
 
 
 def test_the_demo_on_a_gpu_learns_alike_in_both_ways():
