@@ -1,4 +1,4 @@
-"""Writes the table in `plan.md` of what the examples for GPUs need, from their plans; needs no GPU and no network.
+"""Writes the table in `plan.md` and the README of what the examples for GPUs need, from their plans; needs no GPU and no network.
 
 Run it after a change of the plan or of an example (`make docs`); a test compares.
 """
@@ -12,7 +12,7 @@ from tandem.rl.plan_devices import GIB, find_device
 from tandem.rl.plan_shape import read_shape
 from tandem.rl.plan_sizing import choose_sizes
 
-TARGET = Path(__file__).parent / "plan.md"
+TARGETS = (Path(__file__).parent / "plan.md", Path(__file__).parents[1] / "README.md")
 BEGIN, END = "<!-- example-plans -->", "<!-- /example-plans -->"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # Ending of an example's name: the card that it is planned for, and host memory in GiB.
@@ -50,12 +50,14 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def render() -> str:
-    """The text of `plan.md` with the table of today."""
-    before, _, rest = TARGET.read_text(encoding="utf-8").partition(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
+def render(target: Path) -> str:
+    """The text of `target` with the table of today."""
+    before, _, rest = target.read_text(encoding="utf-8").partition(BEGIN)
+    rows = table() if target.parent == Path(__file__).parent else table().replace("(../", "(")
+    return f"{before}{BEGIN}\n{rows}\n{END}{rest.partition(END)[2]}"
 
 
 if __name__ == "__main__":
-    TARGET.write_text(render(), encoding="utf-8")
-    print(f"wrote {TARGET}")
+    for target in TARGETS:
+        target.write_text(render(target), encoding="utf-8")
+        print(f"wrote {target}")
