@@ -1,4 +1,4 @@
-"""Writes the table in `plan.md` and the README of what the examples for GPUs need, from their plans; needs no GPU and no network.
+"""Writes the table of what the examples for GPUs need, from their plans, in `plan.md` and the README; needs no GPU.
 
 Run it after a change of the plan or of an example (`make docs`); a test compares.
 """
