@@ -40,6 +40,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.seen.append((self.path, dict(self.headers), body))
             self.server.attempts[text] += 1
             self.server.active += 1
+            self.counted = True
             self.server.most_active = max(self.server.most_active, self.server.active)
             attempt = self.server.attempts[text]
         try:
@@ -47,8 +48,13 @@ class Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             pass  # the client gave up
         finally:
-            with self.server.lock:
-                self.server.active -= 1
+            self.leave()
+
+    def leave(self) -> None:
+        """No longer active: said before an answer goes out, after which the client may send its next question."""
+        with self.server.lock:
+            self.server.active -= self.counted
+            self.counted = False
 
     def reply(self, content: Any = "Score: 10", status: int = 200, **headers: str) -> None:
         message = {"choices": [{"message": {"role": "assistant", "content": content}}]}
@@ -60,6 +66,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data) if length is None else length))
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
+        self.leave()
         self.end_headers()
         self.wfile.write(data)
 
