@@ -54,8 +54,8 @@ def settings(rows: int) -> list[Config]:
     return [
         Config(block_n, block_m, unroll, warps, stages, lookup, splits)
         for block_n, unroll, warps, (lookup, stages) in kernels
-        # A warp has a tile of 16 rows at least, and registers for 64.
-        if block_n // warps * 2 >= 16 and block_n // warps <= 64 and block_n * block_m <= 8192
+        # Weight rows of a warp: tiles are not much smaller, and registers hold no more.
+        if 8 <= block_n // warps <= 64 and block_n * block_m <= 8192
         for splits in (None, 1, 2, 4)
     ]
 

@@ -17,6 +17,7 @@ from tandem.rl.samples import Completion, Episode, Group, Messages, Prompt, Samp
 from tandem.rollout.chat_turns import ChatTurns
 from tandem.rollout.engine import OnGroup, Progress, RolloutEngine
 from tandem.rollout.environments import Answer, EnvironmentFault, Environments, Session
+from tandem.rollout.finished_groups import FinishedGroups
 from tandem.rollout.random_streams import mixed
 from tandem.rollout.tool_calls import ParsedTurn
 from tandem.rollout.workers import Job, Workers
@@ -164,22 +165,16 @@ class EpisodeEngine:
             for sample in range(sampling.num_generations)
         ]
         size = sampling.num_generations
-        groups: dict[int, Group] = {}
-        unfinished = [size] * len(prompts)
-        number_of = {id(play): i // size for i, play in enumerate(plays)}
+        members = [plays[i : i + size] for i in range(0, len(plays), size)]
+        groups = FinishedGroups(members, lambda place: _group(prompts[place], members[place]), on_group)
 
         def over(play: _Play) -> None:
-            number = number_of[id(play)]
-            unfinished[number] -= 1
-            if unfinished[number] == 0:
-                groups[number] = _group(prompts[number], plays[number * size : (number + 1) * size])
-                if on_group is not None:
-                    on_group(number, groups[number])
+            groups.finish(play)
             if progress:
-                progress(len(plays) - sum(unfinished), len(plays))
+                progress(len(plays) - groups.unfinished, len(plays))
 
         self._play(plays, sampling, over)
-        return [groups[number] for number in range(len(prompts))]
+        return groups.all()
 
     def _play(self, plays: list[_Play], sampling: Sampling, on_end: Callable[[_Play], None]) -> None:
         table = _Table(Workers(self._limits.num_workers), self._limits.step_timeout)

@@ -14,6 +14,7 @@ from tandem.kernels.sampling import draw, restrict
 from tandem.rl.model import LanguageModel
 from tandem.rl.samples import Completion, Group, Prompt, Sampling
 from tandem.rollout.engine import OnGroup, Progress
+from tandem.rollout.finished_groups import FinishedGroups
 from tandem.rollout.random_streams import uniform_stream
 from tandem.rollout.stop_strings import StopStrings
 
@@ -82,13 +83,19 @@ class TransformersEngine:
     ) -> list[Group]:
         size = sampling.num_generations
         requests = [self._request(p, k, sampling) for p in prompts for k in range(size)]
-        pending = _Groups(prompts, [requests[i : i + size] for i in range(0, len(requests), size)], on_group)
+        members = [requests[i : i + size] for i in range(0, len(requests), size)]
+
+        def made(place: int) -> Group:
+            done = [Completion(one.ids, one.log_probs, one.truncated) for one in members[place]]
+            return Group(prompts[place], done)
+
+        groups = FinishedGroups(members, made, on_group)
         wave = self._max_in_flight or max(len(requests), 1)
         for start in range(0, len(requests), wave):
-            self._generate_wave(requests[start : start + wave], sampling, pending)
+            self._generate_wave(requests[start : start + wave], sampling, groups)
             if progress:
                 progress(min(start + wave, len(requests)), len(requests))
-        return pending.groups()
+        return groups.all()
 
     def _request(self, prompt: Prompt, sample: int, sampling: Sampling) -> _Request:
         # Always of the full length, so that the prompt's own limit cuts a completion and changes nothing before.
@@ -99,7 +106,7 @@ class TransformersEngine:
     def _text(self, ids: list[int]) -> str:
         return str(self._lm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _generate_wave(self, requests: list[_Request], sampling: Sampling, pending: _Groups) -> None:
+    def _generate_wave(self, requests: list[_Request], sampling: Sampling, groups: FinishedGroups) -> None:
         stop = torch.tensor(sorted(sampling.stop_token_ids), device=self._lm.device)
         batch = self._prefill(requests)
         for step in range(sampling.max_completion_length):
@@ -111,7 +118,7 @@ class TransformersEngine:
                 if request.unfinished:
                     request.add(token, log_prob, end)
                     if not request.unfinished:
-                        pending.finished(request)
+                        groups.finish(request)
             alive = [i for i, r in enumerate(batch.requests) if r.unfinished]
             if not alive or step + 1 == sampling.max_completion_length:
                 return
@@ -170,32 +177,6 @@ class TransformersEngine:
         else:
             tokens = draw(log_probs, torch.stack([r.uniforms[step] for r in requests]).to(log_probs.device))
         return tokens, log_probs.gather(-1, tokens[:, None])[:, 0]
-
-
-class _Groups:
-    """The groups of a call, handed over one by one as their last completion is finished."""
-
-    def __init__(self, prompts: list[Prompt], requests: list[list[_Request]], on_group: OnGroup | None) -> None:
-        self._prompts, self._requests, self._on_group = prompts, requests, on_group
-        self._number = {id(request): number for number, group in enumerate(requests) for request in group}
-        self._unfinished = [len(group) for group in requests]
-        self._made: dict[int, Group] = {}
-
-    def _make(self, number: int) -> Group:
-        done = [Completion(one.ids, one.log_probs, one.truncated) for one in self._requests[number]]
-        return Group(self._prompts[number], done)
-
-    def finished(self, request: _Request) -> None:
-        number = self._number[id(request)]
-        self._unfinished[number] -= 1
-        if self._unfinished[number] == 0:
-            self._made[number] = self._make(number)
-            if self._on_group is not None:
-                self._on_group(number, self._made[number])
-
-    def groups(self) -> list[Group]:
-        """All of them, in the order of the prompts."""
-        return [self._made.get(number) or self._make(number) for number in range(len(self._prompts))]
 
 
 @dataclass
