@@ -7,9 +7,14 @@
 Every system runs in a process of its own, with the same prompts, rank 32 on all seven projections, a base in 4 bits
 (-bf16: in bfloat16), and completions that only end at their full length, so that all sample equally many tokens. A step
 is what its trainer does between two logs; `parts` are seconds where the system can be asked for them, and sum to
-`seconds`. The summary takes the median of all steps but the first, which compiles. `--cap` is held back by another
-process (see device_watch.py), and `device_gib` is the peak of all that a system used of the device, its context
-included. `allocated_gib` and `reserved_gib` are PyTorch's own peaks, in which vLLM's pool counts also while it sleeps.
+`seconds`. A step with short completions (`--warmup-tokens`), in which everything is compiled, comes first and counts as
+a part of the start; the summary takes medians of the steps after it. `--cap` is held back by another process (see
+device_watch.py), and `device_gib` is the peak of all that a system used of the device, its context included.
+`allocated_gib` and `reserved_gib` are PyTorch's own peaks, in which vLLM's pool counts also while it sleeps.
+
+With `--together` all systems start and warm up at once, which takes the time of one, and then measure in turn while the
+others wait; what is in use on the device is then everybody's, and is not reported. `--into FILE` adds to a result that
+is there.
 
 By the sources of TRL 1.15 and vLLM 0.24, sleep mode discards vLLM's weights and TRL hands over new ones, but not the
 scales of 4-bit weights: `trl` would then sample from another policy than it trains, which `logp_difference` (mean of
@@ -31,13 +36,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from device_watch import DeviceWatch
-from update import GIB, RANK, RESULTS, TARGETS, device_facts, header, lines_of, result_path, store
+from turns import Ahead, Turn
+from update import GIB, RANK, RESULTS, TARGETS, command_line, device_facts, header, lines_of, result_path, store
 
 SYSTEMS = ("tandem", "tandem-int4", "tandem-bf16", "trl", "trl-awake", "trl-bf16", "unsloth")
 # PyTorch's allocator is left as a user has it; what PYTORCH_CUDA_ALLOC_CONF says is stored with the result.
@@ -67,7 +73,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--completion-tokens", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2, help="measured steps")
+    parser.add_argument(
+        "--warmup-tokens", type=int, default=128, help="completions of the step before; 0: no such step"
+    )
     parser.add_argument("--cap", type=float, default=0.0, metavar="GIB", help="memory of the device; 0: all of it")
     parser.add_argument("--longest", type=int, nargs="+", metavar="LENGTH", help="one step of tandem at each length")
     parser.add_argument(
@@ -77,7 +86,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="tandem: overrides of its config")
     parser.add_argument("--label", help="stored with every row")
     parser.add_argument("--timeout", type=float, default=560.0, help="seconds for one system")
+    parser.add_argument("--together", action="store_true", help="start all systems at once, measure in turn")
+    parser.add_argument("--gate", type=Path, help="with --together: measure once this file exists")
+    parser.add_argument("--into", type=Path, metavar="FILE.json", help="add to this result")
     parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results)")
+    parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=(*SYSTEMS, "device"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if min(arguments.prompts, arguments.steps, arguments.prompt_tokens, arguments.completion_tokens) < 1:
@@ -86,8 +99,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--generations must be at least 2: a group of one has no advantage")
     if arguments.longest and min(arguments.longest) <= LONG_COMPLETION:
         parser.error(f"every length of --longest must be more than the {LONG_COMPLETION} tokens that are sampled")
+    if arguments.longest and arguments.together:
+        parser.error("--longest is for one system: leave --together out")
+    if arguments.together and arguments.cap:
+        parser.error("--cap holds back the rest of the device from all systems: leave --together out")
     if arguments.longest and not arguments.systems[0].startswith("tandem"):
         parser.error(f"--longest is for tandem, not for {arguments.systems[0]}")
+    arguments.warmup_tokens = min(arguments.warmup_tokens, arguments.completion_tokens)
     completions = arguments.prompts * arguments.generations
     arguments.micro_batch = max(n for n in range(1, arguments.micro_batch + 1) if completions % n == 0)
     return arguments
@@ -100,15 +118,33 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
         raise SystemExit("the device cannot be asked: try python -c 'import torch; torch.cuda.init()'")
     result = header("grpo_step.py", "grpo-step", argv, device)
     result |= {"allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), "notes": {}, "rows": []}
-    target = result_path(arguments.out or RESULTS, result)
+    target = arguments.into or result_path(arguments.out or RESULTS, result)
+    if arguments.into and arguments.into.exists():
+        result = json.loads(arguments.into.read_text(encoding="utf-8"))
+        result.setdefault("more_commands", []).append(command_line("grpo_step.py", argv))
     on_gpu = device["total_gib"] is not None
-    with DeviceWatch(arguments.cap) if on_gpu else nullcontext() as watch:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        DeviceWatch(arguments.cap) if on_gpu and not arguments.together else nullcontext() as watch,
+    ):
+        ahead = {}
+        if arguments.together:
+            for system in arguments.systems:
+                place = Path(folder) / system
+                lines = said(system, [*argv, "--turn", str(place)], arguments.timeout)
+                ahead[system] = Ahead(lines, Turn(place))
+            for process in ahead.values():
+                process.wait_until_ready()
+        while arguments.gate and ahead and not arguments.gate.exists():
+            time.sleep(0.2)
         for system, shape in jobs(arguments, argv):
             name = f"{system} {shape[-1]}" if arguments.longest else system
             failed = False
             if watch is not None:
                 watch.peak_gib()
-            for one in rows_of(system, arguments, [*argv, *shape], watch, result["notes"].setdefault(name, [])):
+            lines = ahead[system].said() if ahead else said(system, [*argv, *shape], arguments.timeout)
+            notes = result["notes"].setdefault(name, [])
+            for one in rows_of(system, parse([*argv, *shape]), lines, watch, notes):
                 print(json.dumps({k: v for k, v in one.items() if v is not None}), flush=True)
                 result["rows"].append(one)
                 store(target, result | {"summary": summary(result["rows"])})
@@ -128,16 +164,20 @@ def jobs(arguments: argparse.Namespace, argv: list[str]) -> Iterator[tuple[str, 
     for length in sorted(set(arguments.longest)):
         shape = ["--prompts", "1", "--generations", "2", "--completion-tokens", str(LONG_COMPLETION)]
         shape += ["--steps", str(arguments.steps if any(a.startswith("--steps") for a in argv) else 1)]
+        shape += ["--warmup-tokens", "0"]
         yield arguments.systems[0], [*shape, "--prompt-tokens", str(length - LONG_COMPLETION)]
 
 
 def rows_of(
-    system: str, arguments: argparse.Namespace, argv: list[str], watch: DeviceWatch | None, notes: list[str]
+    system: str,
+    arguments: argparse.Namespace,
+    lines: Iterator[tuple[str, str]],
+    watch: DeviceWatch | None,
+    notes: list[str],
 ) -> Iterator[dict[str, Any]]:
     """A row of each step as it ends, and one for what went wrong; before the first, one of the start."""
-    arguments = parse(argv)
     error = None
-    for kind, rest in said(system, argv, arguments.timeout):
+    for kind, rest in lines:
         if kind in ("ROW", "START"):
             peak = None if watch is None else watch.peak_gib()
             yield row(system, arguments, **json.loads(rest), device_gib=peak)
@@ -174,23 +214,22 @@ def row(system: str, arguments: argparse.Namespace, **values: Any) -> dict[str, 
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each system and shape: medians over its steps but the first, or the first where it is the only one."""
+    """Of each system and shape: medians over its steps."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for one in rows:
         groups.setdefault((one["system"], one["context"], one["cap_gib"], one["label"]), []).append(one)
     found = []
     for (system, context, cap, label), group in groups.items():
         steps = [one for one in group if one["step"]]
-        counted = steps[1:] or steps
-        names = list(dict.fromkeys(name for one in counted for name in one["parts"]))
-        parts = {name: statistics.median(one["parts"].get(name, 0.0) for one in counted) for name in names}
-        rates = [one["tokens_per_s"] for one in counted if one["tokens_per_s"] is not None]
+        names = list(dict.fromkeys(name for one in steps for name in one["parts"]))
+        parts = {name: statistics.median(one["parts"].get(name, 0.0) for one in steps) for name in names}
+        rates = [one["tokens_per_s"] for one in steps if one["tokens_per_s"] is not None]
         peaks = [one["device_gib"] for one in group if one["device_gib"] is not None]
         apart = [one["logged"].get("sampling/sampling_logp_difference/mean") for one in steps]
         found.append(
             {
                 "system": system, "context": context, "cap_gib": cap, "label": label, "steps": len(steps),
-                "seconds": statistics.median(one["seconds"] for one in counted) if counted else None,
+                "seconds": statistics.median(one["seconds"] for one in steps) if steps else None,
                 "tokens_per_s": statistics.median(rates) if rates else None,
                 "parts": {name: round(seconds, 3) for name, seconds in parts.items()},
                 "device_gib": max(peaks, default=None),
@@ -226,18 +265,31 @@ def say(kind: str, value: Any) -> None:
     print(f"\n{kind} {json.dumps(value)}", flush=True)
 
 
-def say_start(started: float) -> None:
+def say_start(arguments: argparse.Namespace, started: float) -> None:
+    """A system is ready to be measured; returns when it may go on."""
     say("START", {"step": 0, "seconds": round(time.perf_counter() - started, 2)} | own_peaks())
+    if arguments.turn:
+        Turn(arguments.turn).wait()
 
 
 class StepLines:
     """Says a row of each step. Tokens are those that the trainer counted itself: a system that changes the batch that
-    it was given is found out."""
+    it was given is found out.
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self._arguments, self._before = arguments, 0.0
+    Args:
+        warmed_up: called after the first step, which then is none of those that are measured.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, warmed_up: Callable[[], None] | None = None) -> None:
+        self._arguments, self._before, self._warmed_up = arguments, 0.0, warmed_up
+        self._unmeasured = int(warmed_up is not None)
 
     def __call__(self, step: int, parts: dict[str, float], logged: dict[str, Any]) -> None:
+        step -= self._unmeasured
+        if step == 0 and self._warmed_up is not None:
+            self._before = logged.get("num_tokens") or 0.0
+            self._warmed_up()
+            return
         asked = self._arguments
         seconds, sequences = sum(parts.values()), asked.prompts * asked.generations
         length, total = logged.get("completions/mean_length"), logged.get("num_tokens")
@@ -350,26 +402,38 @@ def tandem(system: str, arguments: argparse.Namespace, started: float) -> None:
         inputs = prepare(config, console)
         torch.manual_seed(config.seed)
         lm, engine, _, config = open_model(config, inputs, console)
-        config.run_dir.mkdir(parents=True)
-        say_start(started)
-        trainer = Trainer(
-            config,
-            config.run_dir,
-            lm=lm,
-            engine=engine,
-            data=inputs.data,
-            judge=inputs.judge,
-            stop_token_ids=(),
-            optimizer=make_optimizer(trainable(lm), config.optim),
-            state=State(),
-            trackers=Rows(),
-            console=console,
-            stopping=Stopping(),
-            objective=inputs.objective,
-            journal=RolloutJournal(config.run_dir, Mark(0, 0), source=source_of(config), note=console.note),
-        )
-        trainer.fit()
+
+        def train(config: Any, trackers: NoTrackers) -> None:
+            config.run_dir.mkdir(parents=True)
+            Trainer(
+                config,
+                config.run_dir,
+                lm=lm,
+                engine=engine,
+                data=inputs.data,
+                judge=inputs.judge,
+                stop_token_ids=(),
+                optimizer=make_optimizer(trainable(lm), config.optim),
+                state=State(),
+                trackers=trackers,
+                console=console,
+                stopping=Stopping(),
+                objective=inputs.objective,
+                journal=RolloutJournal(config.run_dir, Mark(0, 0), source=source_of(config), note=console.note),
+            ).fit()
+
+        if arguments.warmup_tokens:
+            shorter = {"max_completion_length": arguments.warmup_tokens}
+            train(changed(config, run_name="warm-up", train={"max_steps": 1}, rollout=shorter), NoTrackers())
+        say_start(arguments, started)
+        train(config, Rows())
         engine.close()
+
+
+def changed(config: Any, *, run_name: str, **sections: dict[str, Any]) -> Any:
+    """A config with other values in some sections."""
+    values = {name: getattr(config, name).model_copy(update=update) for name, update in sections.items()}
+    return config.model_copy(update=values | {"run_name": run_name})
 
 
 def tandem_config(system: str, arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -419,6 +483,37 @@ def is_quantised(system: str, model: Path) -> bool:
     return quantised
 
 
+def steps_of_peer(arguments: argparse.Namespace) -> int:
+    return arguments.steps + (1 if arguments.warmup_tokens else 0)
+
+
+def set_length(trainer: Any, tokens: int) -> None:
+    """TRL's trainer, or what Unsloth made of it, samples completions of so many tokens from now on."""
+    trainer.max_completion_length = tokens
+    if trainer.use_vllm and hasattr(trainer, "vllm_generation"):
+        trainer.vllm_generation.max_completion_length = tokens
+    trainer.generation_config.max_new_tokens = trainer.generation_config.min_new_tokens = tokens
+    if (sampling := getattr(trainer.args, "vllm_sampling_params", None)) is not None:
+        sampling.max_tokens = tokens
+
+
+def run_peer(trainer: Any, arguments: argparse.Namespace, started: float, clock: Any) -> None:
+    """The step with short completions, where there is one, and those that are measured."""
+    from trl_steps import StepRows
+
+    def warmed_up() -> None:
+        set_length(trainer, arguments.completion_tokens)
+        say_start(arguments, started)
+
+    if arguments.warmup_tokens:
+        set_length(trainer, arguments.warmup_tokens)
+    else:
+        say_start(arguments, started)
+    lines = StepLines(arguments, warmed_up if arguments.warmup_tokens else None)
+    trainer.add_callback(StepRows(clock, lines))
+    trainer.train()
+
+
 def shared_settings(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     """What TRL's config and Unsloth's have in common: the algorithm and the batch."""
     import torch
@@ -429,7 +524,7 @@ def shared_settings(arguments: argparse.Namespace, folder: str) -> dict[str, Any
         "gradient_accumulation_steps": arguments.prompts * arguments.generations // arguments.micro_batch,
         "num_generations": arguments.generations,
         "max_completion_length": arguments.completion_tokens,
-        "max_steps": arguments.steps,
+        "max_steps": steps_of_peer(arguments),
         "learning_rate": 1e-6,
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch",
@@ -463,7 +558,7 @@ def trl(system: str, arguments: argparse.Namespace, started: float) -> None:
     from peft import LoraConfig
     from transformers import AutoTokenizer, BitsAndBytesConfig
     from trl import GRPOConfig
-    from trl_steps import StepRows, TimedTrainer
+    from trl_steps import TimedTrainer
 
     from tandem.rl.step_time import StepClock
 
@@ -496,7 +591,7 @@ def trl(system: str, arguments: argparse.Namespace, started: float) -> None:
         "device_map": {"": 0} if on_gpu else None,
     }
     clock = StepClock(torch.cuda.synchronize if on_gpu else None)
-    rows = questions(str(arguments.model), arguments.prompts * arguments.steps, arguments.prompt_tokens)
+    rows = questions(str(arguments.model), arguments.prompts * steps_of_peer(arguments), arguments.prompt_tokens)
     with tempfile.TemporaryDirectory() as folder:
         trainer = TimedTrainer(
             model=str(arguments.model),
@@ -506,11 +601,9 @@ def trl(system: str, arguments: argparse.Namespace, started: float) -> None:
             reward_funcs=[alternating],
             quantization_config=quantization,
             peft_config=LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, task_type="CAUSAL_LM"),
-            callbacks=[StepRows(clock, StepLines(arguments))],
             clock=clock,
         )
-        say_start(started)
-        trainer.train()
+        run_peer(trainer, arguments, started, clock)
 
 
 def unsloth(system: str, arguments: argparse.Namespace, started: float) -> None:
@@ -519,7 +612,6 @@ def unsloth(system: str, arguments: argparse.Namespace, started: float) -> None:
     import torch
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
-    from trl_steps import StepRows
     from unsloth import FastLanguageModel
     from vllm import SamplingParams
 
@@ -549,7 +641,7 @@ def unsloth(system: str, arguments: argparse.Namespace, started: float) -> None:
         temperature=1.0, top_p=1.0, top_k=-1, max_tokens=arguments.completion_tokens, ignore_eos=True
     )
     clock = StepClock(torch.cuda.synchronize)
-    rows = questions(str(arguments.model), arguments.prompts * arguments.steps, arguments.prompt_tokens)
+    rows = questions(str(arguments.model), arguments.prompts * steps_of_peer(arguments), arguments.prompt_tokens)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=model,
@@ -557,10 +649,8 @@ def unsloth(system: str, arguments: argparse.Namespace, started: float) -> None:
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             reward_funcs=[alternating],
-            callbacks=[StepRows(clock, StepLines(arguments))],
         )
-        say_start(started)
-        trainer.train()
+        run_peer(trainer, arguments, started, clock)
 
 
 def facts() -> dict[str, Any]:

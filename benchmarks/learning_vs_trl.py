@@ -8,7 +8,8 @@ and weights, batch, learning rate, adapter and objective; Tandem as `rl-train ru
 a process of its own. `seconds` are those of training steps, without the start, evaluations and checkpoints;
 `wall_seconds` are all. A held-out score comes from the same code for both, but TRL's model completes with transformers'
 `generate`. `reached` is the first step at which the mean reward of the last 3 steps is at least `--target`. On a GPU
-both generate with vLLM; where TRL cannot, it goes on with transformers, and its error is kept.
+both generate with vLLM; where TRL cannot, it goes on with transformers, and its error is kept. With `--together` TRL's
+runs start at once, which takes the time of one, and wait for their turns; their `wall_seconds` are then not known.
 Writes `benchmarks/results/learning-vs-trl-DEVICE-DATE.json`, anew after every run, and a plot beside it.
 """
 
@@ -21,10 +22,12 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from grpo_step import SETTINGS, facts, report_error, say
+from turns import Ahead, Turn
 from update import RESULTS, ROOT, header, lines_of, result_path, store
 
 SYSTEMS = ("tandem", "trl")
@@ -63,6 +66,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--engine", choices=("vllm", "transformers"), help="of both (default: vllm on a GPU)")
     parser.add_argument("--target", type=float, default=1.0, help="reward that `reached` is about")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the config, for both")
+    parser.add_argument("--vllm-share", type=float, default=0.3, help="trl: share of the device for vLLM")
+    parser.add_argument("--together", action="store_true", help="start all runs of TRL at once")
+    parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--timeout", type=float, default=560.0, help="seconds for one run")
     parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results)")
     parser.add_argument("--plot", type=Path, nargs="+", metavar="FILE.json", help="draw these results, measure nothing")
@@ -84,17 +90,29 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
     result = header("learning_vs_trl.py", "learning-vs-trl", argv, device) | {"target": arguments.target, "rows": []}
     target = result_path(arguments.out or RESULTS, result)
     engine = arguments.engine or ("vllm" if device["total_gib"] is not None else "transformers")
-    for seed in arguments.seeds:
-        for system in arguments.systems:
-            tries = [engine, "transformers"] if system == "trl" and engine == "vllm" else [engine]
-            for one in tries:
-                row = (tandem_row if system == "tandem" else trl_row)(arguments, argv, seed, one)
-                result["rows"].append(row)
-                store(target, result | {"summary": summary(result["rows"])})
-                short = {k: v for k, v in row.items() if k not in ("curve", "scores")}
-                print(json.dumps(short), flush=True)
-                if row["error"] is None:
-                    break
+
+    def keep(row: dict[str, Any]) -> None:
+        result["rows"].append(row)
+        store(target, result | {"summary": summary(result["rows"])})
+        print(json.dumps({k: v for k, v in row.items() if k not in ("curve", "scores")}), flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        ahead = {}
+        if arguments.together and "trl" in arguments.systems:
+            for seed in arguments.seeds:
+                place = Path(folder) / str(seed)
+                lines = trl_lines([*argv, "--turn", str(place)], seed, engine, arguments.timeout)
+                ahead[seed] = Ahead(lines, Turn(place))
+            for run in ahead.values():
+                run.wait_until_ready()
+        for seed in arguments.seeds:
+            for system in arguments.systems:
+                if system == "tandem":
+                    keep(tandem_row(arguments, argv, seed, engine))
+                    continue
+                keep(trl_row(arguments, argv, seed, engine, ahead.get(seed)))
+                if engine == "vllm" and result["rows"][-1]["error"] is not None:
+                    keep(trl_row(arguments, argv, seed, "transformers"))
     for line in summary(result["rows"]):
         print(json.dumps(line))
     print(target)
@@ -224,16 +242,23 @@ def samples_per_step(config: Any) -> float:
 # --- TRL --------------------------------------------------------------------------------------------------------------
 
 
-def trl_row(arguments: argparse.Namespace, argv: list[str], seed: int, engine: str) -> dict[str, Any]:
-    steps, error, started = [], None, time.perf_counter()
+def trl_lines(argv: list[str], seed: int, engine: str, timeout: float) -> Iterator[str]:
     command = [*argv, "--worker", "trl", "--seeds", str(seed), "--engine", engine]
-    for line in lines_of("trl", command, arguments.timeout, script=__file__, settings=SETTINGS):
+    return lines_of("trl", command, timeout, script=__file__, settings=SETTINGS)
+
+
+def trl_row(
+    arguments: argparse.Namespace, argv: list[str], seed: int, engine: str, ahead: Ahead[str] | None = None
+) -> dict[str, Any]:
+    steps, error, started = [], None, time.perf_counter()
+    lines = trl_lines(argv, seed, engine, arguments.timeout) if ahead is None else ahead.said()
+    for line in lines:
         kind, _, rest = line.partition(" ")
         if kind == "ROW":
             steps.append(json.loads(rest))
         elif kind == "ERROR" or (kind == "FAILED" and error is None):
             error = json.loads(rest)
-    wall = round(time.perf_counter() - started, 2)
+    wall = None if ahead else round(time.perf_counter() - started, 2)
     return make_row(arguments, "trl", seed, engine, steps, wall_seconds=wall, error=error)
 
 
@@ -282,7 +307,7 @@ def trl(arguments: argparse.Namespace, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = TimedTrainer(
             model=config.model.model_name_or_path,
-            args=GRPOConfig(**trl_settings(config, arguments.engine, folder)),
+            args=GRPOConfig(**trl_settings(config, arguments.engine, folder, arguments.vllm_share)),
             train_dataset=Dataset.from_list(rows),
             processing_class=inputs.tokenizer,
             reward_funcs=[as_trl_calls(reward) for reward in inputs.judge.rewards],
@@ -297,6 +322,8 @@ def trl(arguments: argparse.Namespace, seed: int) -> None:
             callbacks=[HeldOut(), StepRows(clock, say_step)],
             clock=clock,
         )
+        if arguments.turn:
+            Turn(arguments.turn).wait()
         trainer.train()
 
 
@@ -307,7 +334,7 @@ def as_trl_calls(reward: Any) -> Any:
     return call
 
 
-def trl_settings(config: Any, engine: str, folder: str) -> dict[str, Any]:
+def trl_settings(config: Any, engine: str, folder: str, vllm_share: float) -> dict[str, Any]:
     """TRL's config with the values of Tandem's. TRL's own defaults hold for what makes it fast or slow, but for
     gradient checkpointing, which a model that is this small does not need."""
     import torch
@@ -361,6 +388,7 @@ def trl_settings(config: Any, engine: str, folder: str) -> dict[str, Any]:
         settings |= {
             "use_vllm": True,
             "vllm_mode": "colocate",
+            "vllm_gpu_memory_utilization": vllm_share,
             "vllm_importance_sampling_correction": correction != "none",
             "vllm_importance_sampling_mode": "token_truncate" if correction == "none" else correction,
             "vllm_importance_sampling_clip_max": algorithm.rollout_correction_max,

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from random_checkpoint import SHAPES
+from turns import Turn
 from update import GIB, RESULTS, TARGETS, command_line, device_facts, header, result_path, store
 
 SYSTEMS = ("vllm-bnb", "vllm-bf16", "tandem-nf4", "tandem-int4", "tandem-bf16")
@@ -111,7 +112,7 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
 
         ahead = {system: started(system) for system in arguments.systems} if arguments.together else {}
         for worker in ahead.values():
-            worker.wait_until(worker.ready, arguments.timeout)
+            worker.wait_until(worker.turn.ready, arguments.timeout)
         while arguments.gate and ahead and not arguments.gate.exists():
             time.sleep(0.2)
         for system in arguments.systems:
@@ -138,7 +139,7 @@ class Worker:
         self.name = name
         self._folder = tempfile.TemporaryDirectory()
         self._root = Path(self._folder.name)
-        self.ready, self._go = self._root / "ready", self._root / "go"
+        self.turn = Turn(self._root)
         command = [sys.executable, __file__, *argv, "--worker", name, "--turn", str(self._root)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         with (self._root / "out").open("w") as stdout, (self._root / "err").open("w") as stderr:
@@ -152,7 +153,7 @@ class Worker:
 
     def result(self, timeout: float) -> tuple[dict[str, list[Any]], str | None]:
         """What the process printed, by the first word of the line, and what went wrong with it."""
-        self._go.touch()
+        self.turn.give()
         try:
             code: int | None = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -173,13 +174,6 @@ class Worker:
 
 def run(worker: str, argv: list[str], timeout: float) -> tuple[dict[str, list[Any]], str | None]:
     return Worker(worker, argv).result(timeout)
-
-
-def wait_for_turn(arguments: argparse.Namespace) -> None:
-    """In a worker that is ready: until it may measure."""
-    (arguments.turn / "ready").touch()
-    while not (arguments.turn / "go").exists():
-        time.sleep(0.02)
 
 
 def agreements(system: str, arguments: argparse.Namespace, stock: Path, own: Path) -> list[dict[str, Any]]:
@@ -329,7 +323,7 @@ def work(system: str, arguments: argparse.Namespace) -> None:
     made: Any = Stock(arguments, quantization) if family == "vllm" else Ours(arguments, format)
     made.generate(prompts(2, seed=1), sampling(4))
     say(system, arguments, kind="start", seconds=round(time.perf_counter() - started, 1))
-    wait_for_turn(arguments)
+    Turn(arguments.turn).wait()
     if not arguments.together:
         say(system, arguments, kind="ledger", what="device, all", gib=used() / GIB)
     for batch in arguments.batches:

@@ -353,10 +353,15 @@ def test_whole_steps_of_each_system(words_model: Path, tmp_path: Path, monkeypat
         "6",
         "--steps",
         "2",
+        "--warmup-tokens",
+        "3",
     ]
-    grpo_step.main(["--model", str(words_model), *shape, "--set", "optim.learning_rate=1e-3", "--out", str(tmp_path)])
+    more = ["--set", "optim.learning_rate=1e-3", "--out", str(tmp_path)]
+    grpo_step.main(["--model", str(words_model), *shape, *more, "--systems", "tandem", "trl", "--together"])
     (path,) = tmp_path.glob("grpo-step-cpu-*.json")
+    grpo_step.main(["--model", str(words_model), *shape, "--systems", "unsloth", "--into", str(path)])
     content = json.loads(path.read_text(encoding="utf-8"))
+    assert ["--systems unsloth" in command for command in content["more_commands"]] == [True]
     assert content["command"].startswith("python benchmarks/grpo_step.py --model")
     for system in ("tandem", "trl"):
         start, *steps = [one for one in content["rows"] if one["system"] == system]
@@ -397,14 +402,22 @@ def test_longest_asks_for_one_shape_after_the_other() -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [["--generations", "1"], ["--longest", "2048"], ["--longest", "4096", "--systems", "trl"], ["--steps", "0"]]
+    "more",
+    [
+        ["--generations", "1"],
+        ["--longest", "2048"],
+        ["--longest", "4096", "--systems", "trl"],
+        ["--longest", "4096", "--together"],
+        ["--cap", "24", "--together"],
+        ["--steps", "0"],
+    ],
 )
 def test_wrong_steps_are_refused(more: list[str]) -> None:
     with pytest.raises(SystemExit):
         grpo_step.parse(["--model", "m", *more])
 
 
-def test_the_summary_leaves_the_first_step_out() -> None:
+def test_the_summary_takes_medians_of_the_steps() -> None:
     known = grpo_step.parse(["--model", "m"])
     steps = [(1, 9.0, 8.0), (2, 2.0, 1.0), (3, 4.0, 3.0)]
     rows = [grpo_step.row("trl", known, step=0, seconds=60.0, device_gib=3.0)]
@@ -415,7 +428,7 @@ def test_the_summary_leaves_the_first_step_out() -> None:
         rows.append(grpo_step.row("trl", known, step=step, **values, logged=logged))
     rows.append(grpo_step.row("unsloth", known, error="it broke"))
     trl, unsloth = grpo_step.summary(rows)
-    assert (trl["seconds"], trl["parts"]["generate"], trl["steps"], trl["device_gib"]) == (3.0, 2.0, 3, 3.0)
+    assert (trl["seconds"], trl["parts"]["generate"], trl["steps"], trl["device_gib"]) == (4.0, 3.0, 3, 3.0)
     assert trl["logp_difference"] == 0.03
     assert (unsloth["steps"], unsloth["seconds"], unsloth["error"]) == (0, None, "it broke")
     assert grpo_step.summary(rows[:2])[0]["seconds"] == 9.0
@@ -449,7 +462,7 @@ def test_both_learn_the_same_task(tmp_path: Path) -> None:
     learning_vs_trl.main(
         ["--model", str(tmp_path / "model"), "--config", str(config), "--seeds", "0", "--steps", "4", "--eval-steps",
          "2", "--target", "0.1", "--out", str(tmp_path), "--set", "train.steps_per_generation=1", "algorithm.beta=0",
-         "eval.temperature=0"]
+         "eval.temperature=0", "--together"]
     )  # fmt: skip
     (path,) = tmp_path.glob("learning-vs-trl-cpu-*.json")
     assert is_png(path.with_suffix(".png"))
@@ -461,7 +474,8 @@ def test_both_learn_the_same_task(tmp_path: Path) -> None:
         assert [p["step"] for p in one["scores"]] == [0, 2, 4]
         assert one["curve"][-1]["seconds"] == one["seconds"] > 0
         assert one["reached"]["samples"] >= 48
-        assert one["wall_seconds"] > one["seconds"]
+    assert tandem["wall_seconds"] > tandem["seconds"]
+    assert trl["wall_seconds"] is None, "it has waited for its turn"
     # The same model, prompts and greedy completions before the first step.
     assert tandem["score_before"] == trl["score_before"]
     assert [one["system"] for one in content["summary"]] == ["tandem", "trl"]
