@@ -366,21 +366,8 @@ def alternating(completions: list[Any], **columns: Any) -> list[float]:
 
 
 def tandem(system: str, arguments: argparse.Namespace, started: float) -> None:
-    """The run that `rl-train run` makes of a config; only the tokens that end a completion are left out."""
-    import torch
-    import yaml
-
-    from tandem.rl.checkpoint import State
-    from tandem.rl.config_file import load_config
     from tandem.rl.console import Console
-    from tandem.rl.inputs import prepare
-    from tandem.rl.lora import trainable
-    from tandem.rl.open_model import open_model
-    from tandem.rl.optim import make_optimizer
-    from tandem.rl.rollout_journal import Mark, RolloutJournal, source_of
-    from tandem.rl.stopping import Stopping
     from tandem.rl.trackers import NoTrackers
-    from tandem.rl.trainer import Trainer
 
     class Notes(Console):
         def note(self, text: str) -> None:
@@ -394,40 +381,62 @@ def tandem(system: str, arguments: argparse.Namespace, started: float) -> None:
             parts = {name[5:]: value for name, value in metrics.items() if name.startswith("time/")}
             say_step(step, parts, dict(metrics))
 
-    console, say_step = Notes(live=False), StepLines(arguments)
+    say_step = StepLines(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "step.yaml"
-        path.write_text(yaml.safe_dump(tandem_config(system, arguments, folder)), encoding="utf-8")
-        config = load_config(path, arguments.set)
-        inputs = prepare(config, console)
-        torch.manual_seed(config.seed)
-        lm, engine, _, config = open_model(config, inputs, console)
-
-        def train(config: Any, trackers: NoTrackers) -> None:
-            config.run_dir.mkdir(parents=True)
-            Trainer(
-                config,
-                config.run_dir,
-                lm=lm,
-                engine=engine,
-                data=inputs.data,
-                judge=inputs.judge,
-                stop_token_ids=(),
-                optimizer=make_optimizer(trainable(lm), config.optim),
-                state=State(),
-                trackers=trackers,
-                console=console,
-                stopping=Stopping(),
-                objective=inputs.objective,
-                journal=RolloutJournal(config.run_dir, Mark(0, 0), source=source_of(config), note=console.note),
-            ).fit()
-
+        run = FullLengthRun(tandem_config(system, arguments, folder), arguments.set, Notes(live=False))
         if arguments.warmup_tokens:
             shorter = {"max_completion_length": arguments.warmup_tokens}
-            train(changed(config, run_name="warm-up", train={"max_steps": 1}, rollout=shorter), NoTrackers())
+            warmup = changed(run.config, run_name="warm-up", train={"max_steps": 1}, rollout=shorter)
+            run.trainer(warmup, NoTrackers()).fit()
         say_start(arguments, started)
-        train(config, Rows())
-        engine.close()
+        run.trainer(run.config, Rows()).fit()
+        run.engine.close()
+
+
+class FullLengthRun:
+    """The run that `rl-train run` makes of a config; only the tokens that end a completion are left out."""
+
+    def __init__(self, settings: dict[str, Any], overrides: list[str], console: Any) -> None:
+        import torch
+        import yaml
+
+        from tandem.rl.config_file import load_config
+        from tandem.rl.inputs import prepare
+        from tandem.rl.open_model import open_model
+
+        path = Path(settings["output_dir"]) / "step.yaml"
+        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        config = load_config(path, overrides)
+        self.console, self.inputs = console, prepare(config, console)
+        torch.manual_seed(config.seed)
+        self.lm, self.engine, _, self.config = open_model(config, self.inputs, console)
+
+    def trainer(self, config: Any, trackers: Any) -> Any:
+        """One that starts at step 0, with the adapter as it is by now."""
+        from tandem.rl.checkpoint import State
+        from tandem.rl.lora import trainable
+        from tandem.rl.optim import make_optimizer
+        from tandem.rl.rollout_journal import Mark, RolloutJournal, source_of
+        from tandem.rl.stopping import Stopping
+        from tandem.rl.trainer import Trainer
+
+        config.run_dir.mkdir(parents=True)
+        return Trainer(
+            config,
+            config.run_dir,
+            lm=self.lm,
+            engine=self.engine,
+            data=self.inputs.data,
+            judge=self.inputs.judge,
+            stop_token_ids=(),
+            optimizer=make_optimizer(trainable(self.lm), config.optim),
+            state=State(),
+            trackers=trackers,
+            console=self.console,
+            stopping=Stopping(),
+            objective=self.inputs.objective,
+            journal=RolloutJournal(config.run_dir, Mark(0, 0), source=source_of(config), note=self.console.note),
+        )
 
 
 def changed(config: Any, *, run_name: str, **sections: dict[str, Any]) -> Any:

@@ -10,51 +10,47 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+from tandem.rl.plan_models import MODELS
+
+_TINY = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
+}  # fmt: skip
+# transformers' config of each; tiny is for trying a benchmark out on a CPU.
+CONFIGS: dict[str, dict[str, Any]] = {name.partition("/")[2].lower(): sizes for name, sizes in MODELS.items()}
+CONFIGS["tiny"] = MODELS["Qwen/Qwen3-0.6B"] | _TINY
+# Of Qwen3's untied shapes what rollout.py builds a config of.
+_OWN = ("model_type", "tie_word_embeddings", "max_position_embeddings")
 SHAPES = {
-    "qwen3-8b": {
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
-    "qwen3-32b": {
-        "vocab_size": 151936,
-        "hidden_size": 5120,
-        "intermediate_size": 25600,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
+    name: {key: value for key, value in CONFIGS[name].items() if key not in _OWN} for name in ("qwen3-8b", "qwen3-32b")
 }
+LONGEST = 1 << 20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shape", choices=CONFIGS)
     parser.add_argument("target", type=Path)
     parser.add_argument("--dtype", choices=["nf4", "bf16"], default="nf4")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument("--context", type=int, default=LONGEST, help="tokens that the config allows")
     arguments = parser.parse_args()
     if not (arguments.target / "config.json").is_file():
-        make(arguments.shape, arguments.target, arguments.dtype, arguments.layers)
+        make(arguments.shape, arguments.target, arguments.dtype, arguments.layers, arguments.context)
 
 
-def make(shape: str, target: Path, dtype: str, layers: int | None) -> None:
+def make(shape: str, target: Path, dtype: str, layers: int | None, context: int = LONGEST) -> None:
     import torch
-    from transformers import BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
-    config = Qwen3Config(
-        **sizes, max_position_embeddings=1 << 20, rope_theta=1e6, tie_word_embeddings=False, dtype="bfloat16"
-    )
+    sizes = CONFIGS[shape] | ({} if layers is None else {"num_hidden_layers": layers})
+    made = {"max_position_embeddings": context, "rope_theta": 1e6, "dtype": "bfloat16"}
+    config = AutoConfig.for_model(**(sizes | made))
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = Qwen3ForCausalLM(config)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config)
     torch.set_default_dtype(torch.float32)
     if dtype == "nf4":
         quantise(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -18,8 +18,8 @@ _GIB = 1 << 30
 
 
 class Reading(NamedTuple):
-    """Bytes: the highest that tensors and that PyTorch's allocator held since the last reset, and what all processes
-    and libraries hold of the device now."""
+    """Bytes: the highest that tensors and that PyTorch's allocator held since the last reset, without what a sleeping
+    engine has given back, and what all processes and libraries hold of the device now."""
 
     peak_allocated: int
     reserved: int
@@ -35,10 +35,14 @@ class Gauge(Protocol):
 
 
 class CudaGauge:
-    """The gauge of one CUDA device."""
+    """The gauge of one CUDA device.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    Args:
+        asleep: bytes that PyTorch counts and that are not there: vLLM gives its cache back behind PyTorch's back.
+    """
+
+    def __init__(self, device: torch.device, asleep: Callable[[], int] = lambda: 0) -> None:
+        self._device, self._asleep = device, asleep
 
     def reset(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -46,7 +50,8 @@ class CudaGauge:
     def read(self) -> Reading:
         free, total = torch.cuda.mem_get_info(self._device)
         peak, reserved = torch.cuda.max_memory_allocated(self._device), torch.cuda.max_memory_reserved(self._device)
-        return Reading(peak, reserved, total - free)
+        asleep = self._asleep()
+        return Reading(peak - asleep, reserved - asleep, total - free)
 
 
 class MemoryMeter:
@@ -62,8 +67,9 @@ class MemoryMeter:
         self.run: dict[str, Reading] = {}
 
     @classmethod
-    def of(cls, device: torch.device) -> MemoryMeter:
-        return cls(CudaGauge(device) if device.type == "cuda" else None)
+    def of(cls, device: torch.device, asleep: Callable[[], int]) -> MemoryMeter:
+        """Of a run with an engine that neither falls asleep nor wakes within a phase; `asleep`: see `CudaGauge`."""
+        return cls(CudaGauge(device, asleep) if device.type == "cuda" else None)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

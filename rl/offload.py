@@ -38,8 +38,9 @@ def free_on(device: torch.device) -> int:
     """Bytes that tensors could still take on a CUDA device: free, or held by PyTorch without use, and allowed."""
     free, total = torch.cuda.mem_get_info(device)
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - allocated
-    return min(free + reserved - allocated, allowed)
+    room, fraction = free + reserved - allocated, torch.cuda.get_per_process_memory_fraction(device)
+    # Without a limit, what PyTorch counts says nothing: a sleeping engine's cache is among it.
+    return room if fraction >= 1 else min(room, int(total * fraction) - allocated)
 
 
 def layers_beside(free: int, each: int, layers: int, hidden: int) -> int:

@@ -101,7 +101,7 @@ class Trainer:
         self._passes = GuardedPasses(config, lm, self._guard, objective)
         self._sampler = PromptSampler(data.num_rows, seed=config.seed, shuffle=config.data.shuffle_dataset)
         self._clock = StepClock(torch.cuda.synchronize if lm.device.type == "cuda" else None, on_part=console.part)
-        self.memory = MemoryMeter.of(lm.device)
+        self.memory = MemoryMeter.of(lm.device, lambda: engine.asleep_bytes)
         self._rollouts = RolloutSource(
             config,
             data.prompts,

@@ -18,9 +18,15 @@ class RolloutEngine(Protocol):
 
     Between phases the trainer calls `sleep()` before it trains and `wake()` before it generates, so that an engine
     with memory of its own (a KV cache) can give it back.
+
+    Attributes:
+        asleep_bytes: device memory that PyTorch counts as this engine's, and that it has given back at the moment.
     """
 
     name: str
+
+    @property
+    def asleep_bytes(self) -> int: ...
 
     def generate(
         self,

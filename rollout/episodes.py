@@ -131,6 +131,10 @@ class EpisodeEngine:
         self._limits = limits or EpisodeLimits()
         self.name = engine.name
 
+    @property
+    def asleep_bytes(self) -> int:
+        return self._engine.asleep_bytes
+
     def load_adapter(self, version: int) -> None:
         self._engine.load_adapter(version)
 

@@ -46,6 +46,10 @@ class RestartingEngine:
         self._version = 0
         self._deaths: list[str] = []
 
+    @property
+    def asleep_bytes(self) -> int:
+        return 0 if self._engine is None else self._engine.asleep_bytes
+
     def generate(
         self,
         prompts: list[Prompt],

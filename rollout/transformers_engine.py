@@ -54,6 +54,7 @@ class TransformersEngine:
     """
 
     name = "transformers"
+    asleep_bytes = 0
 
     def __init__(self, language_model: LanguageModel, *, max_in_flight: int | None = None) -> None:
         self._lm = language_model

@@ -204,6 +204,11 @@ class VllmEngine:
                 self._llm.sleep(level=1)
             self._asleep = True
 
+    @property
+    def asleep_bytes(self) -> int:
+        """See `RolloutEngine`: the memory of vLLM's pool goes, and PyTorch still counts the pool's tensors."""
+        return self.kv_cache_bytes if self._asleep else 0
+
     def wake(self) -> None:
         """Take the KV cache's memory again; a second call does nothing."""
         if self._asleep:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +31,7 @@ def module(name: str) -> ModuleType:
 
 update, plot_update, kernel_speed = module("update"), module("plot_update"), module("kernel_speed")
 grpo_step, learning_vs_trl = module("grpo_step"), module("learning_vs_trl")
+plan_peaks = module("plan_peaks")
 
 
 def row(system: str, length: int | None, **values: Any) -> dict[str, Any]:
@@ -613,3 +614,70 @@ def test_faults_count_where_their_test_passed():
     found = module("robustness").counted(report)
     assert (found["inputs"], found["faults"], found["faults_by_file"]) == (7, 301, {"kill": 301})
     assert (found["tests"], found["failed"], found["skipped"]) == (5, ["c"], ["d"])
+
+
+def test_peaks_are_compared_like_with_like() -> None:
+    """The allocator's peaks with the plan's but for what the allocator does not hold, in percent of the measured."""
+    plan = {"CUDA context and libraries": GIB, "weights": 4 * GIB, "KV cache": 4 * GIB, "allocator's reserve": GIB // 2}
+    sums = plan_peaks._sums(plan)
+    assert sums == {"allocated": 8, "reserved": 8.5, "device": 9.5}
+    measured = {"update": {"allocated": 7.5, "reserved": 10.0}, "rollout": {"allocated": 8.0, "reserved": 8.5}}
+    row = {"case": 0, "name": "one", "error": None, "measured_gib": measured}
+    row["predicted_gib"] = {"update": sums, "rollout": sums}
+    row |= plan_peaks.errors(row)
+    assert row["error_percent"] == {
+        "update": {"allocated": 6.7, "reserved": -15.0},
+        "rollout": {"allocated": 0.0, "reserved": 0.0},
+    }
+    failed = {"case": 1, "name": "two", "error": "out of memory"}
+    found = plan_peaks.summary([row, failed | plan_peaks.errors(failed)])
+    assert (found["configurations"], found["failed"]) == (2, 1)
+    assert found["reserved"] == {"peaks": 2, "within_10_percent": 1, "worst": ["one", "update", -15.0]}
+    assert found["device"] == {"peaks": 0, "within_10_percent": 0, "worst": None}
+
+
+def test_what_a_run_took_is_put_beside_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a GPU's worker does after its steps, on a plan of the true config and peaks that are made up."""
+    from tandem.rl import plan_devices
+    from tandem.rl.config_file import load_config
+    from tandem.rl.plan import Longest
+    from tandem.rl.plan_shape import read_shape
+    from tandem.rl.plan_sizing import choose_sizes
+
+    monkeypatch.setattr(plan_devices, "local_device", lambda: plan_devices.find_device("h200", host_gib=64))
+    case = plan_peaks.CASES[1]
+    (tmp_path / "config.json").write_text(json.dumps(module("random_checkpoint").CONFIGS["qwen3-8b"]))
+    settings, overrides = plan_peaks.settings_of(case, tmp_path, str(tmp_path), on_gpu=True)
+    (tmp_path / "step.yaml").write_text(json.dumps(settings))
+    config = load_config(tmp_path / "step.yaml", overrides)
+    longest = Longest(case.prompt, case.completion)
+    sized = choose_sizes(read_shape(config.model), config, plan_devices.local_device(), longest=longest).config
+    sizes = {"trial": 9, "update": 8, "rollout": 12}
+    peaks = {name: {"peak_allocated": size, "reserved": size + 1, "device": 50} for name, size in sizes.items()}
+    run = SimpleNamespace(
+        config=sized,
+        inputs=SimpleNamespace(data=SimpleNamespace(prompts=[SimpleNamespace(ids=[0] * case.prompt)], eval_prompts=[])),
+        engine=SimpleNamespace(asleep_bytes=5 * GIB),
+        lm=SimpleNamespace(fused=SimpleNamespace(host_bytes=19 * GIB)),
+    )
+    found = plan_peaks.compared(run, peaks)
+    assert found["measured_gib"]["update"] == {"allocated": 9, "reserved": 10, "device": 50}, "the trial's, the higher"
+    assert found["measured_gib"]["rollout"]["allocated"] == 12
+    assert found["pack_tokens"] == case.prompt + case.completion
+    assert found["host_gib"]["predicted"] == pytest.approx(19, rel=0.05)
+    assert (found["host_gib"]["measured"], found["kv_pool_gib"]) == (19, 5)
+    for phase, one in found["predicted_gib"].items():
+        assert one["device"] == pytest.approx(sum(found["items"][phase].values()), abs=0.02)
+        assert one["allocated"] < one["reserved"] < one["device"]
+    json.dumps(found)
+
+
+def test_plan_peaks_runs_where_there_is_no_gpu(tmp_path: Path) -> None:
+    """Its checkpoint is made, two steps are run in a process of their own, and nothing is claimed of memory."""
+    plan_peaks.main(["--cases", "9", "--together", "1", "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("plan-peaks-cpu-*.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    (row,) = content["rows"]
+    assert (row["error"], row["engine"], len(row["step_seconds"])) == (None, "transformers", 2)
+    assert content["summary"]["reserved"]["peaks"] == 0
+    assert "predicted_gib" not in row

@@ -337,13 +337,16 @@ def test_answers_of_vllm_that_make_no_sense_are_refused():
 
 def test_sleep_and_wake_may_be_called_twice_and_generate_wants_it_awake(engine):
     engine.wake()
+    assert engine.asleep_bytes == 0
     engine.sleep()
     engine.sleep()
+    assert engine.asleep_bytes == engine.kv_cache_bytes > 0, "PyTorch goes on counting what vLLM gave back"
     with pytest.raises(RuntimeError, match="asleep"):
         engine.generate(PROMPTS, SAMPLING)
     engine.load_adapter(1)
     engine.wake()
     engine.wake()
+    assert engine.asleep_bytes == 0
     assert len(engine.generate(PROMPTS, SAMPLING)) == len(PROMPTS)
     engine.close()
     engine.close()
