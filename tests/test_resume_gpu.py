@@ -4,8 +4,8 @@ Every run is a process of its own. With vLLM where it can be used, which takes s
 transformers engine. `TANDEM_TEST_DEVICE=cpu` in front tries on a CPU what can be tried there, where the noise is zero.
 
 Two runs that nothing happened to show how far apart the same run is from itself (`Bench.noise`). What was interrupted
-and resumed may be apart twice as far, plus `FLOOR`. Losses can only be compared as long as the tokens are the same ones;
-one that a rounding turned leads to another run, and `SAME` says how many completions must be the same nevertheless.
+and resumed may be apart twice as far, plus `FLOOR`. Losses can only be compared as long as the tokens are the same; one
+that a rounding turned leads to another run, and `SAME` says how many completions must be the same nevertheless.
 """
 
 from __future__ import annotations
@@ -119,8 +119,11 @@ def noticed():
 def dies():
     raise RuntimeError("planted: the engine's core is gone")
 
-def forbidden(*arguments, **more):
-    raise AssertionError("a replay generates nothing")
+def forbid():
+    from tandem.rollout.transformers_engine import TransformersEngine
+    def generate(*arguments, **more):
+        raise AssertionError("a replay generates nothing")
+    Engine.generate = TransformersEngine.generate = generate
 
 {events}
 sys.argv = ["rl-train", *sys.argv[1:]]
@@ -393,7 +396,7 @@ def wait_for(true: Callable[[], bool], seconds: float) -> None:
 
 def test_a_replay_needs_the_journal_alone(bench: Bench) -> None:
     with put_away(bench.folder / "prompts.jsonl"), put_away(bench.folder / "rewards.py"):
-        code, said = bench.finish(bench.start("replay", bench.plain, events="Engine.generate = forbidden"))
+        code, said = bench.finish(bench.start("replay", bench.plain, events="forbid()"))
     assert code == 0, said
     run = bench.folder / "runs" / "plain-replay"
     found = bench.distance(run)
