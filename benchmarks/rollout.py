@@ -30,12 +30,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from asked import PROMPT, prompts, questions
 from random_checkpoint import SHAPES
 from turns import Turn
 from update import GIB, RESULTS, TARGETS, command_line, device_facts, header, result_path, store
 
 SYSTEMS = ("vllm-bnb", "vllm-bf16", "tandem-nf4", "tandem-int4", "tandem-bf16")
-RANK, PROMPT, NEW, GREEDY = 32, 64, 128, 64
+RANK, NEW, GREEDY = 32, 128, 64
 AGREEMENT_BATCHES = (64, 96)
 # The engine whose weights are the same, bit for bit.
 TWINS = {"tandem-nf4": "vllm-bnb", "tandem-bf16": "vllm-bf16"}
@@ -238,7 +239,7 @@ class Stock:
         return [list(output.outputs[0].token_ids) for output in self._outputs(prompts, sampling)]
 
     def greedy(self, arguments: argparse.Namespace, batch: int) -> list[list[int]]:
-        return self.generate(questions(arguments, batch, seed=2), sampling(GREEDY, temperature=0.0))
+        return self.generate(questions(arguments.model, batch, seed=2), sampling(GREEDY, temperature=0.0))
 
     def scored(self, prompts: list[Any], sampling: Any) -> list[tuple[list[int], list[int], list[float]]]:
         """Prompt, completion and its log-probs."""
@@ -292,7 +293,7 @@ class Ours:
         return [group.completions[0].ids for group in self.engine.generate(prompts, sampling)]
 
     def greedy(self, arguments: argparse.Namespace, batch: int) -> list[list[int]]:
-        return self.generate(questions(arguments, batch, seed=2), sampling(GREEDY, temperature=0.0))
+        return self.generate(questions(arguments.model, batch, seed=2), sampling(GREEDY, temperature=0.0))
 
     def round_logits(self, rounded: bool) -> None:
         def switch(model: Any) -> None:
@@ -331,7 +332,7 @@ def work(system: str, arguments: argparse.Namespace) -> None:
     if isinstance(made, Stock):
         if arguments.tokens:
             greedy = {str(batch): made.greedy(arguments, batch) for batch in AGREEMENT_BATCHES}
-            groups = made.scored(questions(arguments, 16, seed=5), sampling(GREEDY))
+            groups = made.scored(questions(arguments.model, 16, seed=5), sampling(GREEDY))
             arguments.tokens.write_text(json.dumps({"greedy": greedy, "groups": groups}))
         return
     if arguments.tokens:
@@ -348,49 +349,6 @@ def work(system: str, arguments: argparse.Namespace) -> None:
     parities(system, arguments, made, "after an update")
     say(system, arguments, kind="phases", **phases(made, arguments.cycles))
     parities(system, arguments, made, "after the cycles")
-
-
-def prompts(count: int, *, seed: int) -> list[Any]:
-    import random
-
-    from tandem.rl.samples import Prompt
-
-    draw = random.Random(seed)
-    return [Prompt(i, [draw.randrange(10, 30_000) for _ in range(PROMPT)], "") for i in range(count)]
-
-
-def questions(arguments: argparse.Namespace, count: int, *, seed: int) -> list[Any]:
-    """Chat prompts where the checkpoint has a tokenizer, random tokens elsewhere."""
-    if not (arguments.model / "tokenizer.json").is_file():
-        return prompts(count, seed=seed)
-    import random
-
-    from transformers import AutoTokenizer
-
-    from tandem.rl.samples import Prompt
-
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    draw = random.Random(seed)
-    things = [
-        "a rainbow",
-        "the tide",
-        "a bridge",
-        "bread",
-        "an echo",
-        "the moon",
-        "a clock",
-        "a river",
-        "glass",
-        "salt",
-    ]
-    tasks = ["Explain {} to a child", "Write a short story about {}", "Give three facts about {}", "Where is {} found"]
-    found = []
-    for number in range(count):
-        text = draw.choice(tasks).format(draw.choice(things)) + f", in {draw.randrange(20, 90)} words."
-        chat = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        found.append(Prompt(number, list(ids), text))
-    return found
 
 
 def sampling(tokens: int, temperature: float = 1.0) -> Any:
@@ -447,7 +405,9 @@ def parities(system: str, arguments: argparse.Namespace, made: Ours, what: str) 
     """The engine against the trainer's model; before an update also stock vLLM against it, and rounding by itself."""
     from tandem.rl.samples import Sampling
 
-    groups = made.engine.generate(questions(arguments, 16, seed=5), Sampling(max_completion_length=GREEDY, seed=3))
+    groups = made.engine.generate(
+        questions(arguments.model, 16, seed=5), Sampling(max_completion_length=GREEDY, seed=3)
+    )
     rows = [(g.prompt.ids, g.completions[0].ids, g.completions[0].log_probs) for g in groups]
     own = transformers_log_probs(made.lm.model, rows)
     say(system, arguments, kind="parity", what=what, **spread([r[2] for r in rows], own))
