@@ -68,6 +68,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the config, for both")
     parser.add_argument("--vllm-share", type=float, default=0.3, help="trl: share of the device for vLLM")
     parser.add_argument("--together", action="store_true", help="start all runs of TRL at once")
+    parser.add_argument("--gate", type=Path, help="with --together: measure once this file exists")
     parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--timeout", type=float, default=560.0, help="seconds for one run")
     parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results)")
@@ -105,6 +106,8 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
                 ahead[seed] = Ahead(lines, Turn(place))
             for run in ahead.values():
                 run.wait_until_ready()
+            while arguments.gate and not arguments.gate.exists():
+                time.sleep(0.2)
         for seed in arguments.seeds:
             for system in arguments.systems:
                 if system == "tandem":
