@@ -11,12 +11,12 @@ auto), which would fill any card: a configuration keeps them all or none.
 
 Compared are, for each phase:
 
-- reserved: the plan's peak without its "CUDA context and libraries", against the most that PyTorch's allocator held;
+- reserved: the plan's peak without context, libraries and CUDA graphs, against the most that PyTorch's allocator held;
 - allocated: the same without the plan's "allocator's reserve", against the most that tensors held.
 
 vLLM's KV pool counts while it is awake, and not while it sleeps. Both are figures of one process, so several
-configurations may run at once (`--together`; five need up to 90 GiB); their seconds say nothing then. Context and
-libraries can only be seen on the whole device: with `--together 1`, and nothing else on it, what the device holds at a
+configurations may run at once (`--together`; five need up to 90 GiB); their seconds say nothing then. What PyTorch does
+not hold can only be seen on the whole device: with `--together 1`, and nothing else on it, what the device holds at a
 phase's end is compared with the whole prediction, too (`device`). Host memory is what the pool of offloaded inputs has
 pinned. Errors are (predicted - measured) / measured.
 
@@ -41,8 +41,7 @@ from typing import Any
 import grpo_step
 from update import GIB, RESULTS, header, lines_of, result_path, store
 
-CONTEXT, RESERVE = "CUDA context and libraries", "allocator's reserve"
-PHASES = ("update", "rollout")
+RESERVE = "allocator's reserve"
 LIMIT = 10.0
 # A CPU gets this part of the tokens.
 _CPU_SHARE = 64
@@ -363,8 +362,10 @@ def predictions(plan: Any) -> dict[str, dict[str, float]]:
 
 
 def _sums(items: dict[str, int]) -> dict[str, float]:
+    from tandem.rl.plan import OUTSIDE
+
     everything = sum(items.values())
-    reserved = everything - items[CONTEXT]
+    reserved = everything - sum(items.get(name, 0) for name in OUTSIDE)
     sizes = {"allocated": reserved - items[RESERVE], "reserved": reserved, "device": everything}
     return {name: round(size / GIB, 3) for name, size in sizes.items()}
 

@@ -14,7 +14,7 @@ from tandem.rl.inputs import Inputs, with_environments
 from tandem.rl.lora import attach_lora
 from tandem.rl.model import LanguageModel, check_packing, load_model
 from tandem.rl.packing import default_max_tokens
-from tandem.rl.plan import VLLM_IN_FLIGHT, changed
+from tandem.rl.plan import changed
 from tandem.rl.plan_command import SIZE_HEADER, size_rows, summary, verdict
 from tandem.rl.plan_devices import gpu_here
 from tandem.rl.plan_shape import read_shape
@@ -23,7 +23,7 @@ from tandem.rl.training_data import longest_sequence
 from tandem.rl.weights import resolve_model
 from tandem.rollout.choose_engine import open_engine
 from tandem.rollout.engine import RolloutEngine
-from tandem.rollout.vllm_plan import VllmOptions
+from tandem.rollout.vllm_plan import IN_FLIGHT, VllmOptions, rounded_length
 from tandem.rollout.vllm_versions import refusal as vllm_refusal
 
 
@@ -128,8 +128,8 @@ def vllm_options(config: Config, inputs: Inputs) -> VllmOptions:
     rollout = config.rollout
     longest = sum(longest_sequence(config, inputs.data)) if config.uses_rollouts else 1
     return VllmOptions(
-        max_model_len=rollout.max_model_len or -(-longest // 128) * 128,
-        max_num_seqs=rollout.max_in_flight or VLLM_IN_FLIGHT,
+        max_model_len=rollout.max_model_len or rounded_length(longest),
+        max_num_seqs=rollout.max_in_flight or IN_FLIGHT,
         kv_cache_gib=rollout.kv_cache_gib,
         kv_cache_dtype=rollout.kv_cache_dtype,
         enforce_eager=rollout.enforce_eager,

@@ -15,6 +15,7 @@ from tandem.rl.config import Config
 from tandem.rl.offload import layers_beside
 from tandem.rl.packing import default_max_tokens
 from tandem.rl.plan_devices import CONTEXT, GIB, Device
+from tandem.rl.plan_engine import IN_FLIGHT, engine_items
 from tandem.rl.plan_memory import (
     FRAGMENTATION,
     LIBRARIES,
@@ -37,7 +38,8 @@ from tandem.rl.plan_time import Work, step_seconds
 # Prompt tokens that are planned for where neither data.max_prompt_length nor a longest sequence is given.
 ASSUMED_PROMPT = 1024
 MAX_TOKENS = default_max_tokens("cuda")
-VLLM_IN_FLIGHT = 256
+# What PyTorch's allocator does not hold.
+OUTSIDE = ("CUDA context and libraries", "CUDA graphs")
 # Lengths are searched for up to here, and found to this step.
 _LONGEST, _STEP = 1 << 22, 64
 
@@ -95,6 +97,7 @@ class Ledger:
             **{name: size for name, size in weight_items(self.setup).items() if size},
             "LoRA weights, float32": adapter_bytes(self.setup.adapter),
             "optimiser's state": state,
+            **(engine_items(self.setup) if self.setup.vllm else {}),
         }
 
     def training(self, tokens: int | None = None) -> Phase:
@@ -132,6 +135,7 @@ class Ledger:
             in_flight=count,
             # A group has one prompt.
             prompts=min(work.prompts, -(-count * work.prompts // work.sequences)),
+            device=self.device,
         )
 
     @property
@@ -159,10 +163,18 @@ class Ledger:
 
     @property
     def host(self) -> Items:
-        """Host memory, in bytes: what offloading and a paged optimiser take."""
-        _, paged = optimizer_bytes(self.setup.adapter, self.setup.optim)
-        items = {"layers' inputs for the backward pass": self.peak_pack.host, "optimiser's state, paged": paged}
-        return {name: size for name, size in items.items() if size}
+        """Host memory, in bytes: what offloading, a paged optimiser and the way back from a step take."""
+        return {name: size for name, size in self._host_items(self.peak_pack).items() if size}
+
+    def _host_items(self, pack: Pack) -> Items:
+        state, paged = optimizer_bytes(self.setup.adapter, self.setup.optim)
+        # A rollout that several optimiser steps learn from can be taken back only with a copy of before.
+        copy = adapter_bytes(self.setup.adapter) + state + paged if self.work.updates > 1 else 0
+        return {
+            "layers' inputs for the backward pass": pack.host,
+            "optimiser's state, paged": paged,
+            "adapter and moments of before the step": copy,
+        }
 
     # --- what fits ----------------------------------------------------------------------------------------------------
 
@@ -229,8 +241,7 @@ class Ledger:
         return phase.bytes <= self.device.memory
 
     def _hosts(self, pack: Pack) -> bool:
-        _, paged = optimizer_bytes(self.setup.adapter, self.setup.optim)
-        return self.device.host is None or pack.host + paged <= self.device.host
+        return self.device.host is None or sum(self._host_items(pack).values()) <= self.device.host
 
     def _pack_of(self, tokens: int) -> Pack:
         if tokens not in self._packs:
@@ -296,7 +307,7 @@ def _work(shape: ModelShape, config: Config, setup: Setup, longest: Longest | No
     learned = 2 * prompts if algorithm.name == "online_dpo" else sequences
     many = algorithm.num_iterations * train.steps_per_generation > 1
     reference = algorithm.beta > 0 if algorithm.name == "grpo" else algorithm.name in ("dpo", "online_dpo")
-    waves = VLLM_IN_FLIGHT if setup.vllm else sequences
+    waves = IN_FLIGHT if setup.vllm else sequences
     return (
         Work(
             sequences=sequences,
@@ -316,7 +327,7 @@ def _work(shape: ModelShape, config: Config, setup: Setup, longest: Longest | No
 
 
 def _phase(items: Items) -> Phase:
-    allocated = sum(items.values()) - items["CUDA context and libraries"]
+    allocated = sum(size for name, size in items.items() if name not in OUTSIDE)
     return Phase({n: b for n, b in items.items() if b} | {"allocator's reserve": int(FRAGMENTATION * allocated)})
 
 

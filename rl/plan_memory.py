@@ -15,19 +15,17 @@ from tandem.rl.fused_layer import Plan
 from tandem.rl.layer_run import LATE_ROWS
 from tandem.rl.offload import BLOCK_BYTES, DEVICE_SHARE, HOST_SHARE, STAYS_ON_DEVICE
 from tandem.rl.plan_devices import CONTEXT, GIB, Device
+from tandem.rl.plan_engine import captured_graphs, engine_items, step_bytes
 from tandem.rl.plan_shape import AdapterShape, Linear, ModelShape, Projections, adapter_shape
 
 # Beside torch's allocator and the bare context, measured on an H100: the kernels that libraries load.
 LIBRARIES = int(0.33 * GIB)
 # Inside it: workspaces of cuBLAS and cuDNN, norms in several types, and other things of no size.
 WORKSPACE = int(0.12 * GIB)
-# vLLM beside weights, adapter and KV cache: graphs, activations of a prefill, logits of a batch; without graphs less.
-VLLM_HEADROOM, VLLM_GRAPHS = 2 * GIB, 1 * GIB
 # Of what is allocated, reserved above it (measured: 0.7% with expandable segments).
 FRAGMENTATION = 0.02
 # Ids, positions, rows, targets, log-probs, weights, advantages of a token: int64 and float64 for the most part.
 _TOKEN_BYTES = 160
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _MODEST_MOMENTS, _BLOCK_8BIT = 4096, 256
 
 Items = dict[str, int]
@@ -42,7 +40,7 @@ class Setup:
         fused: layers with a hand-written backward pass; checkpointed: the model's own, recomputed; neither: kept whole.
         offload, attention, plan: as the config says; None and auto follow from the pack.
         restricted: log-probs of a nucleus, which are sorted.
-        vllm: the engine that rollouts go through.
+        vllm: the engine that rollouts go through. graphs: batch sizes that it has CUDA graphs for.
     """
 
     shape: ModelShape
@@ -58,7 +56,11 @@ class Setup:
     restricted: bool
     vllm: bool
     kv_width: int
-    eager: bool
+    graphs: int
+
+    @property
+    def eager(self) -> bool:
+        return not self.graphs
 
 
 def setup_of(shape: ModelShape, config: Config) -> Setup:
@@ -83,7 +85,7 @@ def setup_of(shape: ModelShape, config: Config) -> Setup:
         restricted=rollout.top_k > 0 or rollout.top_p < 1,
         vllm=vllm,
         kv_width=1 if vllm and rollout.kv_cache_dtype == "fp8" else width,
-        eager=rollout.enforce_eager,
+        graphs=captured_graphs(rollout),
     )
 
 
@@ -144,20 +146,15 @@ def kv_bytes(setup: Setup, tokens: int) -> int:
     return 2 * shape.kv_width * setup.kv_width * sum(kept)
 
 
-def rollout_items(setup: Setup, *, prompt: int, completion: int, in_flight: int, prompts: int) -> Items:
-    """The device during generation of `in_flight` sequences, beside weights, adapter and optimiser."""
+def rollout_items(setup: Setup, *, prompt: int, completion: int, in_flight: int, prompts: int, device: Device) -> Items:
+    """The device during generation of `in_flight` sequences, beside what is there all the time."""
     shape, width, tokens = setup.shape, setup.width, prompt + completion
     cache = in_flight * kv_bytes(setup, tokens)
     if setup.vllm:
         # Completions of a group read one copy of their prompt's.
         cache = prompts * kv_bytes(setup, prompt) + in_flight * kv_bytes(setup, completion)
-        rank = next((r for r in _VLLM_RANKS if r >= setup.adapter.rank), setup.adapter.rank)
-        return {
-            "adapter's copy in the engine": setup.adapter.elements // setup.adapter.rank * rank * 2,
-            "KV cache": cache,
-            "engine's activations": VLLM_HEADROOM,
-            "CUDA graphs": 0 if setup.eager else VLLM_GRAPHS,
-        }
+        step = step_bytes(setup, tokens=prompts * prompt, sequences=in_flight, device=device)
+        return {"KV cache": cache, "engine's activations": step}
     # A layer's cache is copied when a token joins it, and its keys and values are repeated for the query heads.
     joined = in_flight * tokens * width * (shape.kv_width + 2 * shape.query_width)
     prefill = prompts * prompt * (width * (3 * shape.hidden + 4 * shape.intermediate) + 8 * shape.hidden)
@@ -244,7 +241,8 @@ def projection_bytes(setup: Setup, rows: int) -> int:
 
 
 def _free_of_weights(setup: Setup, device: Device) -> int:
-    return device.memory - CONTEXT - LIBRARIES - WORKSPACE - sum(weight_items(setup).values())
+    engine = sum(engine_items(setup).values()) if setup.vllm else 0
+    return device.memory - CONTEXT - LIBRARIES - WORKSPACE - sum(weight_items(setup).values()) - engine
 
 
 def _saves(setup: Setup, left: int, on_host: bool, device: Device | None) -> bool:

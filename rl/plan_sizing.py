@@ -10,15 +10,14 @@ from typing import Any
 
 from tandem.rl.config import Config
 from tandem.rl.fused_layer import TILE_ROWS
-from tandem.rl.plan import MAX_TOKENS, VLLM_IN_FLIGHT, Ledger, Longest, changed, ledger
+from tandem.rl.plan import MAX_TOKENS, Ledger, Longest, changed, ledger
 from tandem.rl.plan_devices import GIB, Device
+from tandem.rl.plan_engine import BLOCK, IN_FLIGHT, rounded_length, step_bytes, step_tokens
 from tandem.rl.plan_memory import FRAGMENTATION, kv_bytes
 from tandem.rl.plan_shape import ModelShape
 
 # Of a card's memory that sizes are chosen for; predictions were within a tenth of what was measured.
 USED_SHARE = 0.92
-# vLLM's cache comes in blocks of tokens, and its longest sequence is rounded up.
-_BLOCK, _LENGTHS = 16, 128
 _OPEN = (None, "auto")
 
 
@@ -66,9 +65,8 @@ def choose_sizes(
     """
     free = ledger(shape, config, device, longest)
     room = free.again(device=replace(device, memory_gib=USED_SHARE * device.memory_gib))
-    changes = {"train": _training(room)}
-    if free.work.generates:
-        changes["rollout"] = _rollout(room.again(changed(config, changes)), evaluated)
+    rollout = {"rollout": _rollout(room, evaluated)} if free.work.generates else {}
+    changes = {"train": _training(room.again(changed(config, rollout))), **rollout}
     reasons = {
         f"{section}.{key}": reason for section in changes for key, reason in _reasons(room, changes, section).items()
     }
@@ -136,14 +134,18 @@ def _rollout(room: Ledger, evaluated: int) -> dict[str, Any]:
     wanted = max(work.sequences, evaluated)
     if not setup.vllm:
         return {} if rollout.max_in_flight or not 0 < room.in_flight < wanted else {"max_in_flight": room.in_flight}
-    wanted = rollout.max_in_flight or min(wanted, VLLM_IN_FLIGHT)
+    wanted = rollout.max_in_flight or min(wanted, IN_FLIGHT)
     found: dict[str, Any] = {"max_in_flight": wanted}
+    room = room.again(changed(room.config, {"rollout": found}))
     # Of a prompt and of every completion a block is part empty, and one block in all is never used.
-    block = kv_bytes(setup, _BLOCK)
-    least = kv_bytes(setup, -(-work.length // _LENGTHS) * _LENGTHS) + 2 * block
-    without = room.rollout(0)
-    assert without is not None
-    left = int((room.device.memory - without.bytes) / (1 + FRAGMENTATION))
+    block = kv_bytes(setup, BLOCK)
+    least = kv_bytes(setup, rounded_length(work.length)) + 2 * block
+    phase = room.rollout(wanted)
+    assert phase is not None
+    # An evaluation may have more prompts than a batch: as many as the engine takes at a time.
+    step = step_bytes(setup, tokens=step_tokens(room.device), sequences=wanted, device=room.device)
+    more = step - phase.items["engine's activations"] if evaluated else 0
+    left = int((room.device.memory - phase.bytes) / (1 + FRAGMENTATION)) + phase.items["KV cache"] - more
     size = min(left, max(room.cache_needed(wanted) + (2 * wanted + 1) * block, least))
     if size >= least:
         found["kv_cache_gib"] = -(-size * 100 // GIB) / 100

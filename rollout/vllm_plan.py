@@ -14,9 +14,12 @@ from typing import Any
 from tandem.rl.errors import UserError
 
 GIB = 1 << 30
-# What vLLM takes beside weights, adapter and KV cache: graphs, activations of a prefill, logits of a batch.
+# What is left to vLLM beside weights, adapter and a KV cache of no given size: graphs, activations, logits of a batch.
 HEADROOM = 3 * GIB
-_BLOCK = 16
+# Completions decoded at a time, where nothing else is said.
+IN_FLIGHT = 256
+# Tokens that the KV cache is given out in.
+BLOCK = 16
 _CAPTURED = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
 
@@ -34,7 +37,7 @@ class VllmOptions:
     """
 
     max_model_len: int | None = None
-    max_num_seqs: int = 256
+    max_num_seqs: int = IN_FLIGHT
     kv_cache_gib: float | None = None
     kv_cache_dtype: str = "auto"
     enforce_eager: bool = False
@@ -46,6 +49,12 @@ class VllmOptions:
             return self.cudagraph_sizes
         ladder = [size for size in _CAPTURED if size <= self.max_num_seqs]
         return tuple(ladder) if ladder[-1] == self.max_num_seqs else (*ladder, self.max_num_seqs)
+
+
+def rounded_length(tokens: int) -> int:
+    """The longest sequence that an engine is built for where the data's is of `tokens`: its compiled code goes by it,
+    and serves data that is a little longer, too."""
+    return -(-tokens // 128) * 128
 
 
 def kv_bytes_per_token(config: Any, kv_cache_dtype: str) -> int:
@@ -67,16 +76,16 @@ def kv_cache_bytes(config: Any, options: VllmOptions, max_model_len: int, free: 
     """
     each = kv_bytes_per_token(config, options.kv_cache_dtype)
     # One block more per sequence: its last one is seldom full, and one block is never used.
-    sequence = each * (-(-max_model_len // _BLOCK) + 1) * _BLOCK
+    sequence = each * (-(-max_model_len // BLOCK) + 1) * BLOCK
     room = int(options.kv_cache_gib * GIB) if options.kv_cache_gib is not None else free - HEADROOM
-    if room < sequence + each * _BLOCK:
+    if room < sequence + each * BLOCK:
         given = "rollout.kv_cache_gib is" if options.kv_cache_gib is not None else "after the weights there are"
         raise UserError(
             f"one sequence of {max_model_len} tokens needs a KV cache of {sequence / GIB:.2f} GiB, "
             f"and {given} {max(room, 0) / GIB:.2f}",
             fix="lower rollout.max_model_len or set rollout.kv_cache_dtype=fp8, which halves the cache",
         )
-    return room if options.kv_cache_gib is not None else min(room, sequence * options.max_num_seqs + each * _BLOCK)
+    return room if options.kv_cache_gib is not None else min(room, sequence * options.max_num_seqs + each * BLOCK)
 
 
 def config_folder(config: Any, architecture: str) -> Path:

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("rl", "rewards", "rollout", "kernels")
 MAX_LINES = 500
 
-# What each package may import of ours; inside `rl` only the modules that drive a run see rollout and rewards.
+# What each package may import of ours; inside `rl` only the modules that drive a run see rollout and rewards, and the
+# plan the sizes of an engine.
 ALLOWED = {
     "kernels": ("tandem.kernels",),
     "rewards": ("tandem.rewards", "tandem.rl.samples", "tandem.rl.errors"),
@@ -37,6 +38,7 @@ DRIVERS = {
     "held_out",
     "inputs",
     "open_model",
+    "plan_engine",
     "reward_watch",
     "rewards_command",
     "rollout_source",
