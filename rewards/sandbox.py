@@ -23,7 +23,7 @@ itself (how busy the machine is). It may read the processor's and the kernel's v
 limits in full: a pool of 8 needs 8 times `Limits.memory_mib` in the worst case. Where `protections` reports no
 private root, the size of all files together is not limited, only that of each, and installed packages can be read.
 
-Linux only. Much of the cost of a run is the start of its interpreter; docs/sandbox.md has the measurement.
+Linux only. What a run costs is measured in docs/sandbox.md.
 """
 
 from __future__ import annotations

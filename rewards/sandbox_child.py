@@ -12,6 +12,7 @@ The job comes as a marshalled dict (see `sandbox_job.job`), the report goes back
 
 from __future__ import annotations
 
+import _socket
 import ctypes
 import fcntl
 import marshal
@@ -22,7 +23,8 @@ import struct
 import sys
 import time
 
-# A plain file beside this one: the interpreter that runs this sees no packages.
+# Plain files beside this one: the interpreter that runs this sees no packages.
+from sandbox_interpreter import become_new, prepare  # type: ignore[import-not-found]
 from sandbox_rights import (  # type: ignore[import-not-found]
     CLONE,
     MACHINE,
@@ -34,6 +36,7 @@ from sandbox_rights import (  # type: ignore[import-not-found]
     PR_SET_NO_NEW_PRIVS,
     PR_SET_PDEATHSIG,
     call,
+    close_all_but,
     drop_capabilities,
     libc,
     prctl,
@@ -42,14 +45,19 @@ from sandbox_rights import (  # type: ignore[import-not-found]
     syscall,
 )
 
-TYPE_CHECKING = False  # `typing`, `signal` and `functools` would cost a third of this program's start
+TYPE_CHECKING = False  # `typing`, `signal`, `socket` and `functools` would be in the memory of every program
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-_SIGKILL = 9
+    Source = tuple[tuple[bytes, str, str, int, bool], dict[str, Any]]
+    """A program, as `compile` takes it, and the namespace that it runs in."""
+
+_SIGKILL, _SIGCHLD = 9, 17
+_SIG_DFL, _SIG_IGN = 0, 1
 _NOBODY = 65534
 _MOST_DESCRIPTORS = 64
+_SAMPLING_MS = 25
 _PRIVATE_UIDS = 0x60000000  # far above any account; plus the process id, so that runs cannot meet each other
 
 
@@ -76,8 +84,8 @@ class Report:
 # ---------------------------------------------------------------- guard
 
 
-def guard(job: dict[str, Any], report: Report, cancel: int) -> None:
-    """Start the tree, watch it, kill it, and report how it ended."""
+def guard(job: dict[str, Any], report: Report, cancel: int) -> Source:
+    """Start the tree, watch it, kill it, and report how it ended. Returns only in the payload."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     _write_if_possible("/proc/self/oom_score_adj", "1000")
     root = os.getuid() == 0
@@ -97,8 +105,7 @@ def guard(job: dict[str, Any], report: Report, cancel: int) -> None:
     end_read, end_write = os.pipe()
     init_pid = os.fork()
     if init_pid == 0:
-        os.close(end_read)
-        _exit_on_error(report, lambda: init(job, report, separated, guard_pid, end_write))
+        return init(job, report, separated, guard_pid, end_write)
     os.close(end_write)
     for fd in (0, 1, 2, *job["channels"]):
         os.close(fd)
@@ -109,20 +116,11 @@ def guard(job: dict[str, Any], report: Report, cancel: int) -> None:
     report.say("seconds", f"{time.monotonic() - started:.4f}")
     report.say("peak", watch.peak)
     report.say("end", end or ("killed" if reason == "ended" else reason))
-
-
-def _exit_on_error(report: Report, action: Callable[[], None]) -> None:
-    """Run something and end the process; a failure is reported, and nothing untrusted starts after it."""
-    try:
-        action()
-    except BaseException as error:  # noqa: BLE001  reported; unwinding into the guard's own code would run it twice
-        report.say("failed", f"{type(error).__name__}: {error}")
-    finally:
-        os._exit(125)
+    os._exit(0)
 
 
 class Watch:
-    """Waits for the end of init, sampling memory and CPU of the whole tree."""
+    """Waits for the end of init, sampling memory and CPU of all that runs below it."""
 
     def __init__(self, job: dict[str, Any], init_pid: int, cancel: int, started: float) -> None:
         self.memory, self.cpu, self.wall = job["memory"], job["cpu"], job["wall"]
@@ -136,10 +134,8 @@ class Watch:
         handle = os.pidfd_open(self.init_pid)
         poll.register(handle, select.POLLIN)
         poll.register(self.cancel, select.POLLIN)
-        wait = 0.008
         while True:
-            ready = [fd for fd, _ in poll.poll(wait * 1000)]
-            wait = min(wait * 1.5, 0.025)
+            ready = [fd for fd, _ in poll.poll(_SAMPLING_MS)]
             if handle in ready:
                 return "ended"
             if self.cancel in ready:
@@ -154,12 +150,12 @@ class Watch:
                 return "timeout"
 
     def sample(self) -> tuple[int, float]:
-        """Resident private and shared memory in bytes, and CPU seconds, of all processes that there are.
+        """Resident private and shared memory in bytes, and CPU seconds, of the payload and all processes below it.
 
         CPU seconds of processes that have ended stay counted at their last sample.
         """
         total = 0
-        for pid in descendants(self.init_pid):
+        for pid in descendants(self.init_pid)[1:]:
             used, seconds = _usage(pid)
             total += used
             self.finished_cpu[pid] = max(seconds, self.finished_cpu.get(pid, 0.0))
@@ -222,8 +218,11 @@ def _kill(pid: int) -> None:
 # ---------------------------------------------------------------- init
 
 
-def init(job: dict[str, Any], report: Report, separated: set[str], guard_pid: int, end: int) -> None:
-    """First process of the namespaces: builds the payload's world, starts it, and tells the guard how it ended."""
+def init(job: dict[str, Any], report: Report, separated: set[str], guard_pid: int, end: int) -> Source:
+    """First process of the namespaces: builds the payload's world, starts it, and tells the guard how it ended.
+
+    Returns only in the payload.
+    """
     prctl(PR_SET_PDEATHSIG, _SIGKILL)
     if "process" not in separated and os.getppid() != guard_pid:
         os._exit(125)  # the guard died before this line
@@ -242,7 +241,7 @@ def init(job: dict[str, Any], report: Report, separated: set[str], guard_pid: in
         os.chdir(job["folder"])
     payload_pid = os.fork()
     if payload_pid == 0:
-        _exit_on_error(report, lambda: payload(job, report, uid, separated))
+        return payload(job, report, uid, separated)
     os.close(report.fd)
     for fd in (0, 1, 2, *job["channels"]):
         os.close(fd)
@@ -349,7 +348,7 @@ def write_files(folder: str, files: dict[str, bytes], uid: int | None) -> None:
 # ---------------------------------------------------------------- payload
 
 
-def payload(job: dict[str, Any], report: Report, uid: int | None, separated: set[str]) -> None:
+def payload(job: dict[str, Any], report: Report, uid: int | None, separated: set[str]) -> Source:
     """Give up every right, in the order in which rights are needed to do so, and become the program."""
     os.setsid()
     os.umask(0o077)
@@ -370,9 +369,12 @@ def payload(job: dict[str, Any], report: Report, uid: int | None, separated: set
     if missing:
         report.say("refused", ", ".join(sorted(missing)))
         os._exit(125)
-    report.say("started", 1)
+    os.close(os.open(os.__file__, os.O_RDONLY))  # a standard library that this user cannot read is no program's fault
     environment = {name: value.replace("{folder}", folder) for name, value in job["environment"].items()}
-    os.execve(job["interpreter"], job["arguments"], environment)
+    namespace = become_new(folder, environment, job["libraries"])
+    report.say("started", 1)
+    close_all_but(job["channels"])
+    return (job["files"]["main.py"], f"{folder}/main.py", "exec", 0, True), namespace
 
 
 def _become_unprivileged(uid: int | None) -> None:
@@ -413,37 +415,39 @@ def _write_if_possible(path: str, text: str) -> None:
 # ---------------------------------------------------------------- starter
 
 
-def main() -> None:
-    """Fork a guard for every message until the other end of the socket is closed."""
-    import gc
-    import signal
-    import socket
-
-    gc.disable()  # a collection would make a forked guard copy every page
-    gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the guards
-    with socket.socket(fileno=int(sys.argv[1])) as requests:
-        requests.set_inheritable(False)
-        while True:
-            message, fds, _, _ = socket.recv_fds(requests, 1 << 16, _MOST_DESCRIPTORS)
-            if not message:
-                return
-            if os.fork() == 0:
-                requests.close()
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                os.setsid()
-                job_fd, report_fd, cancel = place(fds, marshal.loads(message))
-                report = Report(report_fd)
-                report.say("guard", os.getpid())
-                _exit_on_error(report, lambda: _guard_of(job_fd, report, cancel))  # noqa: B023  it never returns
-            for fd in fds:
-                os.close(fd)
+def main() -> Source:
+    """Fork a guard for every message until the other end of the socket is closed. Returns only in payloads."""
+    prepare()
+    libc.signal(_SIGCHLD, ctypes.c_void_p(_SIG_IGN))  # nobody waits for the guards
+    requests = _socket.socket(fileno=int(sys.argv[1]))
+    while True:
+        message, ancillary, _, _ = requests.recvmsg(1 << 16, _socket.CMSG_SPACE(4 * _MOST_DESCRIPTORS))
+        if not message:
+            os._exit(0)
+        fds = [fd for _, _, data in ancillary for (fd,) in struct.iter_unpack("i", data)]
+        if os.fork() == 0:
+            requests.close()
+            libc.signal(_SIGCHLD, ctypes.c_void_p(_SIG_DFL))
+            os.setsid()
+            return _guard_of(fds, marshal.loads(message))
+        for fd in fds:
+            os.close(fd)
 
 
-def _guard_of(job_fd: int, report: Report, cancel: int) -> None:
-    with open(job_fd, "rb") as file:
-        job = marshal.loads(file.read())
-    guard(job, report, cancel)
+def _guard_of(fds: list[int], channels: list[int]) -> Source:
+    """Run a job in this new process; whatever fails is reported, and nothing untrusted starts after it."""
+    job_fd, report_fd, cancel = place(fds, channels)
+    report = Report(report_fd)
+    try:
+        report.say("guard", os.getpid())
+        with open(job_fd, "rb") as file:
+            job = marshal.loads(file.read())
+        return guard(job, report, cancel)
+    except BaseException as error:  # noqa: BLE001  reported; nobody above could do anything with it
+        try:
+            report.say("failed", f"{type(error).__name__}: {error}")
+        finally:
+            os._exit(125)
 
 
 def place(fds: list[int], channels: list[int]) -> list[int]:
@@ -461,7 +465,3 @@ def place(fds: list[int], channels: list[int]) -> list[int]:
         os.dup2(fd, number)
         os.close(fd)
     return own
-
-
-if __name__ == "__main__":
-    main()

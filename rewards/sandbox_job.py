@@ -17,13 +17,16 @@ from tandem.rl.errors import UserError, short
 
 _MIB = 1 << 20
 
+START_ENVIRONMENT = {"LANG": "C.UTF-8", "PYTHONIOENCODING": "utf-8", "PYTHONHASHSEED": "0"}
+"""What an interpreter looks at when it starts: text is UTF-8, and sets are in the same order in every run."""
+
 
 @dataclass(frozen=True)
 class Limits:
     """What one program may use.
 
     Attributes:
-        seconds: wall time from start to end, the start of the interpreter (about 0.05 s) included.
+        seconds: wall time from start to end, the start of the sandbox (about 0.02 s) included.
         cpu_seconds: CPU time, of all its processes together; None: as much as `seconds`.
         memory_mib: memory in MiB, of each process as address space and of all together as resident memory.
         file_mib: size of one file. disk_mib: size of all its files together (they lie in memory).
@@ -72,12 +75,10 @@ def job(program: Program, folder: str, channels: Sequence[int], required: Sequen
     for name, content in program.files.items():
         files[_file_name(name)] = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     environment = {
+        **START_ENVIRONMENT,
         "PATH": "/usr/bin:/bin",
         "HOME": "{folder}",
         "TMPDIR": "{folder}/tmp",
-        "LANG": "C.UTF-8",
-        "PYTHONIOENCODING": "utf-8",
-        "PYTHONHASHSEED": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
@@ -106,9 +107,8 @@ def job(program: Program, folder: str, channels: Sequence[int], required: Sequen
         "readable": [*_readable(), *libraries],
         "hidden": [path for path in _packages() if path not in libraries],
         "devices": ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"],
+        "libraries": libraries,
         "environment": environment,
-        "interpreter": interpreter(),
-        "arguments": [interpreter(), "-s", "main.py"],
     }
 
 

@@ -38,7 +38,7 @@ PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 # System calls whose numbers are the same on every architecture.
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 CAPSET = {"x86_64": 126, "aarch64": 91}
-MOUNT_SETATTR, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 442, 444, 445, 446
+CLOSE_RANGE, MOUNT_SETATTR, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 436, 442, 444, 445, 446
 
 # Denied to the payload, (x86_64, aarch64). Sockets, the views into other processes, everything that changes mounts,
 # namespaces or the kernel, and memory that no limit counts (memfd, System V and POSIX queues).
@@ -121,6 +121,17 @@ def prctl(option: int, *arguments: int) -> None:
 def drop_capabilities() -> None:
     header = struct.pack("Ii", 0x20080522, 0)
     syscall(CAPSET[MACHINE], header, bytes(24))
+
+
+def close_all_but(kept: list[int]) -> None:
+    """Close every descriptor but 0, 1, 2 and these."""
+    numbers = sorted({2, *kept})
+    for before, after in zip(numbers, [*numbers[1:], 1 << 32], strict=True):
+        if after - before > 1:
+            try:
+                syscall(CLOSE_RANGE, ctypes.c_uint(before + 1), ctypes.c_uint(after - 1), 0)
+            except OSError:  # Linux before 5.9
+                os.closerange(before + 1, min(after, 1 << 20))
 
 
 _READ_FILE, _READ_DIR, _EXECUTE, _WRITE_FILE, _TRUNCATE = 1 << 2, 1 << 3, 1 << 0, 1 << 1, 1 << 14

@@ -1,8 +1,9 @@
-"""Where the guards of sandboxed programs come from: one bare interpreter that forks a guard for every program.
+"""Where sandboxed programs come from: one bare interpreter, of which every guard and every program is a fork.
 
-Reading the guard's code anew costs 17 ms of CPU, a fork of a process that has read it costs one. The *starter* is
-single-threaded and holds nothing but that code, so what a guard inherits from it is worth nothing to a program. It gets
-every program's descriptors over a socket, and ends when the last process that holds the other end has ended.
+Starting an interpreter and reading the guard's code costs 30 ms of CPU, a fork of one that has done so costs one. The
+*starter* is single-threaded and holds nothing but that code, so what is inherited from it is worth nothing to a
+program: it never sees a job, only the descriptors of one. It gets them over a socket, and ends when the last process
+that holds the other end has ended.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from tandem.rewards.sandbox_job import interpreter
+from tandem.rewards.sandbox_job import START_ENVIRONMENT, interpreter
 
-_CODE = "import sys; sys.path.append(sys.argv.pop(1)); import sandbox_child; sandbox_child.main()"
+# `main` returns in the program's process only, and the last line is then all that is left below the program.
+_CODE = """import sys; sys.path.append(sys.argv.pop(1)); import sandbox_interpreter, sandbox_child
+source, namespace = sandbox_child.main()
+exec(compile(*source), namespace)"""
 
 
 class _Starter:
@@ -26,12 +30,12 @@ class _Starter:
         self.ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.process = subprocess.Popen(
-                [interpreter(), "-I", "-S", "-c", _CODE, str(Path(__file__).parent), str(theirs.fileno())],
+                [interpreter(), "-P", "-s", "-S", "-c", _CODE, str(Path(__file__).parent), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 cwd="/",
-                env={},
+                env=START_ENVIRONMENT,
                 start_new_session=True,
             )
 

@@ -40,6 +40,15 @@ attempt(lambda: open('/etc/shadow').read())
     + """
 attempt(lambda: open('../' * 20 + 'SECRET_PATH'.lstrip('/')).read())
 """,
+    "reports its own end": _TRY
+    + """
+for number in range(3, 4096):
+    try:
+        os.write(number, b"started 1\\nend exit 0\\n")
+    except OSError:
+        continue
+    print("ESCAPED", number)
+""",
     "follows its own symlink": _TRY
     + """
 os.symlink('SECRET_PATH', 'link')

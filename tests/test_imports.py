@@ -66,7 +66,7 @@ LIGHT = {
 
 
 # Programs of the sandbox, which find their neighbours in the sandbox's folder only.
-SANDBOXED = {"code_solution", "sandbox_child"}
+SANDBOXED = {"code_solution", "sandbox_child", "sandbox_interpreter"}
 
 
 def sources() -> list[Path]:

@@ -9,6 +9,9 @@ import resource
 import signal
 import socket
 import struct
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +20,7 @@ from pathlib import Path
 import pytest
 from hostile_programs import ESCAPES, FORGERIES
 
-from tandem.rewards import sandbox, sandbox_rights, sandbox_start
+from tandem.rewards import sandbox, sandbox_job, sandbox_rights, sandbox_start
 from tandem.rewards.base import load_reward
 from tandem.rewards.code_judge import count_units
 from tandem.rewards.code_tests import code_tests, last_python_block, parse_tests, same
@@ -39,7 +42,7 @@ def processes() -> set[int]:
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             command = Path("/proc", entry, "cmdline").read_bytes()
-            if command.endswith(b"\0-s\0main.py\0") or b"import sandbox_child" in command:
+            if b"sandbox_child.main()" in command:
                 parents[int(entry)] = int(Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[1])
     return {pid for pid in parents if not _of_another(pid, parents)}
 
@@ -130,7 +133,7 @@ def test_what_is_outside_is_untouched(escapes: dict[str, Outcome], surroundings:
     [
         ("computes for ever", "timeout"),
         ("computes for ever in C", "memory timeout"),
-        ("forks from every child", "timeout"),
+        ("forks from every child", "memory timeout"),
         ("burns time in short-lived children", "timeout"),
         ("sleeps", "timeout"),
         ("stops itself", "timeout"),
@@ -154,9 +157,6 @@ def test_the_outcome_says_what_happened(name: str, status: str, escapes: dict[st
 
 def test_the_programs_do_escape_without_a_sandbox(surroundings: Surroundings) -> None:
     """The oracle of the tests above: what prints ESCAPED there does so where nothing stops it."""
-    import subprocess
-    import sys
-
     for name in ("reads a file of the parent", "connects to the parent", "signals the parent", "runs a shell"):
         source = surroundings.fill(ESCAPES[name]).replace(f"os.kill({os.getpid()}, 10)", "None")
         done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=20, check=False)
@@ -177,6 +177,75 @@ def test_benign_programs() -> None:
         "from concurrent.futures import ProcessPoolExecutor as P\nwith P(2) as p:\n    print(list(p.map(abs, [-1, 2])))"
     )
     assert run_python(children).stdout == "[1, 2]\n", run_python(children)
+
+
+def test_a_program_finds_its_interpreter_as_if_newly_started() -> None:
+    """Compared with a real start. Each of these would show the fork, or change what a program means."""
+    source = """
+import sys
+print(sorted(name for name in globals() if name != "sys"), __name__, __builtins__ is sys.modules["builtins"])
+print(sys.argv, sys.getrecursionlimit(), sys.exc_info(), hash("a"), sys.stdin.encoding, sys.stderr.line_buffering)
+print(sys.stdout.name, sys.stdout.errors, sys.stdin.errors, sys.stderr.errors, sys.stdout is sys.__stdout__)
+import gc, signal, struct
+print(struct.__file__, gc.isenabled(), signal.getsignal(signal.SIGCHLD), sys.flags.optimize)
+sys.setrecursionlimit(200)
+def depth(n):
+    try:
+        return depth(n + 1)
+    except RecursionError:
+        return n
+print(abs(depth(0) - 197) <= 1)
+print(sorted(name for name in sys.modules if "sandbox" in name or "ctypes" in name or "socket" in name))
+1 / 0
+"""
+    ours = run_python(source, files={"struct.py": ""})
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "main.py").write_text(source, encoding="utf-8")
+        Path(folder, "struct.py").touch()
+        command = [sandbox_job.interpreter(), "-s", "main.py"]
+        environment = {**sandbox_job.START_ENVIRONMENT, "PYTHONDONTWRITEBYTECODE": "1"}
+        real = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    found, expected = (re.sub(r"/\S*/", "", run.stdout + run.stderr) for run in (ours, real))
+    assert found == expected
+    assert ours.exit_code == real.returncode == 1
+
+
+def test_the_end_of_a_program_is_that_of_any_python() -> None:
+    source = """
+import atexit, threading, time
+atexit.register(print, "at exit")
+threading.Thread(target=lambda: (time.sleep(0.1), print("thread"))).start()
+class Last:
+    def __del__(self):
+        print("deleted")
+last = Last()
+raise SystemExit(5)
+"""
+    outcome = run_python(source)
+    assert (outcome.stdout, outcome.exit_code) == ("thread\nat exit\ndeleted\n", 5)
+    assert run_python("x =").stderr.splitlines()[0].endswith('main.py", line 1')
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="reads another process's memory")
+def test_what_programs_are_forked_from_has_never_seen_another_program() -> None:
+    """Whatever is in that process can be read by every later program."""
+    marker = os.urandom(16).hex()
+    program = Program(f"secret = '{marker}'\nprint(input())", stdin=marker[::-1], files={"a.txt": marker})
+    assert Run(program).wait().stdout == marker[::-1] + "\n"
+    current = sandbox_start._current
+    assert current is not None
+    found, read = False, 0
+    with open(f"/proc/{current.process.pid}/mem", "rb") as memory:
+        for line in Path(f"/proc/{current.process.pid}/maps").read_text(encoding="utf-8").splitlines():
+            span, rights = line.split()[:2]
+            if rights.startswith("rw"):
+                start, end = (int(part, 16) for part in span.split("-"))
+                memory.seek(start)
+                content = memory.read(end - start)
+                read += len(content)
+                found |= any(text.encode() in content for text in (marker, marker[::-1]))
+    assert read > 1 << 20
+    assert not found
 
 
 def test_the_users_packages_are_reached_only_when_named(tmp_path: Path) -> None:
