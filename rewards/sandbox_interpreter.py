@@ -1,8 +1,8 @@
 """A forked interpreter that looks like one which was started anew: what a sandboxed program runs in.
 
 Imported first of all by the bare interpreter that all guards are forks of (`sandbox_start`), so that it sees which
-modules an interpreter begins with. `become_new` in a fork costs less than half of what starting an interpreter does. The
-fork holds the toolkit's code for sandboxes, which is no secret, and no more of any job than its own.
+modules an interpreter begins with. `become_new` in a fork costs less than half of what starting an interpreter does.
+The fork holds the toolkit's code for sandboxes, which is no secret, and no more of any job than its own.
 """
 
 from __future__ import annotations
