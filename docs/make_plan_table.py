@@ -33,7 +33,6 @@ def table() -> str:
             plan, free = sizing.plan, sizing.free
             rollout = plan.rollout()
             assert rollout is not None, f"{path.name} generates nothing"
-            generated = sum(seconds for part, seconds in plan.seconds.items() if part.startswith("rollout"))
             cells = [
                 f"[{path.stem}](../examples/{path.name})",
                 card,
@@ -44,7 +43,7 @@ def table() -> str:
                 f"{plan.config.train.max_tokens:,}",
                 f"{min(plan.in_flight, plan.work.in_flight)} of {plan.work.in_flight}",
                 f"{free.longest:,} ({free.binding})",
-                f"{sum(plan.seconds.values()):,.0f} ({generated:,.0f})",
+                f"{sum(plan.seconds.values()):,.0f} ({plan.rollout_seconds:,.0f})",
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from tandem.rl.packing import default_max_tokens
 from tandem.rl.plan import changed
 from tandem.rl.plan_command import SIZE_HEADER, size_rows, summary, verdict
 from tandem.rl.plan_devices import gpu_here
+from tandem.rl.plan_engine import engine_of_auto
 from tandem.rl.plan_shape import read_shape
 from tandem.rl.plan_sizing import Sizing, choose_sizes
 from tandem.rl.training_data import longest_sequence
@@ -95,7 +96,7 @@ def _sizing_here(config: Config, engine: str, inputs: Inputs, console: Console) 
     try:
         return choose_sizes(
             read_shape(config.model),
-            changed(config, {"rollout": {"engine": _planned(engine)}}),
+            changed(config, {"rollout": {"engine": engine_of_auto(named=False)[0] if engine == "auto" else engine}}),
             device,
             longest=longest_sequence(config, data),
             evaluated=len(data.eval_prompts) * config.eval.num_generations,
@@ -117,11 +118,6 @@ def _wanted_engine(config: Config) -> str:
         return "transformers"
     alone = config.model.device != "cpu" and torch.cuda.is_available() and distributed.world_size() == 1
     return "transformers" if config.rollout.engine == "auto" and not alone else config.rollout.engine
-
-
-def _planned(engine: str) -> str:
-    """The engine that memory is planned for."""
-    return "vllm" if engine == "vllm" or (engine == "auto" and vllm_refusal() is None) else "transformers"
 
 
 def vllm_options(config: Config, inputs: Inputs) -> VllmOptions:

@@ -258,6 +258,11 @@ class Ledger:
         return step_seconds(self.setup, work, self.peak_pack, self.pack, self.device)
 
     @property
+    def rollout_seconds(self) -> float:
+        """Of these, generation."""
+        return sum(seconds for part, seconds in self.seconds.items() if part.startswith("rollout"))
+
+    @property
     def update_seconds(self) -> float:
         """Of these, the passes of the update."""
         return self.seconds["update: forward"] + self.seconds["update: backward"]

@@ -16,7 +16,8 @@ _DEAR = (*_SHORTER, "lora.r", "model.load_in_4bit")
 
 @dataclass(frozen=True)
 class Change:
-    """One change of the config, and what becomes of the plan with it."""
+    """One change of the config, and what becomes of the plan with it: the longest that the card lets through, and all
+    else with sizes chosen where the config leaves them open."""
 
     setting: str
     fits: bool
@@ -80,10 +81,9 @@ def try_changes(plan: Ledger) -> list[Change]:
     tried = [_tried(plan, name, changes) for name, changes in candidates(plan)]
     fits = _sized(plan).fits()
     kept = [one for one in tried if fits or one.fits or not _shortens(one.setting)]
-    now = plan.training().bytes + _bytes(plan.rollout())
     return sorted(
         (one for one in kept if not (fits and _shortens(one.setting))),
-        key=lambda one: (not one.fits, -one.longest, -one.in_flight, one.training + one.rollout - now),
+        key=lambda one: (not one.fits, -one.longest, -one.in_flight, one.training + one.rollout),
     )
 
 
@@ -123,14 +123,15 @@ def smallest_card(plan: Ledger) -> Device | None:
 
 def _tried(plan: Ledger, name: str, changes: dict[str, dict[str, Any]]) -> Change:
     after = plan.again(changed(plan.config, changes))
+    sized = _sized(after)
     return Change(
         setting=name,
-        fits=_sized(after).fits(),
+        fits=sized.fits(),
         longest=after.longest,
-        in_flight=after.in_flight,
-        training=after.training().bytes,
-        rollout=_bytes(after.rollout()),
-        seconds=sum(after.seconds.values()),
+        in_flight=sized.in_flight,
+        training=sized.training().bytes,
+        rollout=_bytes(sized.rollout()),
+        seconds=sum(sized.seconds.values()),
     )
 
 

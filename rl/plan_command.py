@@ -8,13 +8,17 @@ from typing import Any
 from tandem.rl.config import Config
 from tandem.rl.console import Console
 from tandem.rl.errors import UserError
-from tandem.rl.plan import Ledger
+from tandem.rl.plan import Ledger, Longest, changed
 from tandem.rl.plan_changes import Change, smallest_card, smallest_change, try_changes
 from tandem.rl.plan_devices import GIB, Device, find_device, local_device
+from tandem.rl.plan_engine import engine_of_auto
 from tandem.rl.plan_shape import read_shape
 from tandem.rl.plan_sizing import Sizing, choose_sizes
+from tandem.rl.plan_time import seconds_text
 
 _SHOWN_CHANGES = 6
+# Seconds of a step from which on it is said what bounds it.
+_LONG = 60
 SIZE_HEADER = ("", "value", "why")
 
 
@@ -25,18 +29,21 @@ def plan(config: Config, *, gpu: str | None, host_gib: float | None, as_json: bo
     Raises:
         UserError: the card is unknown, or the model's config cannot be read.
     """
-    device = _device(gpu, host_gib)
+    device, said = _device(gpu, host_gib), ""
+    if config.uses_rollouts and config.rollout.engine == "auto":
+        engine, said = engine_of_auto(named=gpu is not None)
+        config = changed(config, {"rollout": {"engine": engine}})
     made = choose_sizes(read_shape(config.model), config, device)
     if as_json:
         print(json.dumps(as_dict(made), indent=1))
         return made
-    show(made, console)
+    show(made, console, engine=said)
     return made
 
 
 def as_dict(sizing: Sizing) -> dict[str, Any]:
     """Everything in the plan as plain values: bytes, tokens, seconds."""
-    plan, free = sizing.plan, sizing.free
+    plan, free, longest = sizing.plan, sizing.free, at_longest(sizing)
     rollout = plan.rollout()
     return {
         "device": {
@@ -45,6 +52,7 @@ def as_dict(sizing: Sizing) -> dict[str, Any]:
             "host_memory": plan.device.host,
         },
         "model": {"name": plan.config.model.model_name_or_path, "type": plan.shape.model_type},
+        "engine": ("vllm" if plan.setup.vllm else "transformers") if plan.work.generates else None,
         "fits": plan.fits(),
         "sequence": {
             "prompt": plan.work.prompt,
@@ -67,15 +75,17 @@ def as_dict(sizing: Sizing) -> dict[str, Any]:
         "binding": free.binding,
         "in_flight": {"wanted": free.work.in_flight, "fits": free.in_flight} if free.work.generates else None,
         "seconds": plan.seconds,
+        "generated": {"tokens": plan.work.generated, "seconds": plan.rollout_seconds} if plan.work.generates else None,
+        "at_longest": None if longest is None else {"seconds": _total(longest), "generating": longest.rollout_seconds},
         "changes": [vars(change) for change in _changes(sizing)],
         "smallest_change": [] if plan.fits() else smallest_change(plan),
     }
 
 
-def show(sizing: Sizing, console: Console) -> None:
-    """The plan as tables, and in a sentence whether it fits."""
+def show(sizing: Sizing, console: Console, *, engine: str = "") -> None:
+    """The plan as tables, and in a sentence whether it fits and how long it takes. `engine`: why it is this one."""
     plan, free = sizing.plan, sizing.free
-    console.note(_subject(plan))
+    console.note(_subject(plan) + (f"\n{engine}" if engine else ""))
     console.table("Device memory, GiB", _memory_rows(plan), ("", "rollout", "training"))
     console.note(f"The peak of training is at: {plan.peak_pack.moment}, with a pack of {plan.pack:,} tokens.")
     layers, size = plan.spare
@@ -86,7 +96,7 @@ def show(sizing: Sizing, console: Console) -> None:
         )
     if sizing.chosen:
         console.table("Sizes that the config leaves open, as a run chooses them here", size_rows(sizing), SIZE_HEADER)
-    console.table("What fits", _limit_rows(free))
+    console.table("What fits", [*_limit_rows(free), *_longest_rows(sizing)])
     console.table(
         f"Seconds a step, estimated (all sequences of full length; {plan.work.learned:,} to learn from)",
         _second_rows(plan),
@@ -94,9 +104,9 @@ def show(sizing: Sizing, console: Console) -> None:
     )
     changes = _changes(sizing)
     if changes:
-        header = ("", "fits", "longest sequence", "at once", "peak, GiB", "seconds")
+        header = ("", "fits", "longest", "at once", "peak, GiB", "seconds")
         now = Change(
-            "as it is", plan.fits(), free.longest, free.in_flight, free.training().bytes, _rollout(free), _total(free)
+            "as it is", plan.fits(), free.longest, plan.in_flight, plan.training().bytes, _rollout(plan), _total(plan)
         )
         rows = [_change_row(change, plan) for change in (now, *changes[:_SHOWN_CHANGES])]
         console.table("What one change would buy", rows, header)
@@ -171,18 +181,35 @@ def _limit_rows(plan: Ledger) -> list[tuple[str, str]]:
     return rows
 
 
+def at_longest(sizing: Sizing) -> Ledger | None:
+    """The plan of a step whose sequences are all as long as the card lets through, by longer prompts; None where that
+    is no longer than what is planned for."""
+    free, work = sizing.free, sizing.plan.work
+    if not work.generates or free.longest <= work.length:
+        return None
+    longest = Longest(free.longest - work.completion, work.completion)
+    return choose_sizes(free.shape, free.config, free.device, longest=longest).plan
+
+
+def _longest_rows(sizing: Sizing) -> list[tuple[str, str]]:
+    plan = at_longest(sizing)
+    if plan is None:
+        return []
+    seconds = f"{seconds_text(_total(plan))} seconds, of which {seconds_text(plan.rollout_seconds)} generate"
+    return [(f"a step with {plan.work.prompt:,} + {plan.work.completion:,} tokens", seconds)]
+
+
 def _second_rows(plan: Ledger) -> list[tuple[str, str, str]]:
     total = _total(plan)
-    rows = [(name, _seconds(value), f"{value / total:.0%}") for name, value in plan.seconds.items()]
-    return [*rows, ("all", _seconds(total), "")]
+    rows = [(name, seconds_text(value), f"{value / total:.0%}") for name, value in plan.seconds.items()]
+    return [*rows, ("all", seconds_text(total), "")]
 
 
 def _change_row(change: Change, plan: Ledger) -> tuple[str, ...]:
     at_once = f"{change.in_flight:,}" if plan.work.generates else ""
     peak = _gib(max(change.training, change.rollout))
-    return (
-        change.setting, "yes" if change.fits else "no", f"{change.longest:,}", at_once, peak, _seconds(change.seconds)
-    )  # fmt: skip
+    fits, seconds = ("yes", seconds_text(change.seconds)) if change.fits else ("no", "")
+    return change.setting, fits, f"{change.longest:,}", at_once, peak, seconds
 
 
 def summary(plan: Ledger) -> str:
@@ -192,15 +219,14 @@ def summary(plan: Ledger) -> str:
     host = f", with {_gib(size)} GiB of host memory" if (size := sum(plan.host.values())) else ""
     return (
         f"by the plan training peaks at {_gib(plan.training().bytes)} GiB{rollout}{host}; a step of full length takes "
-        f"{_seconds(_total(plan))} s, of which {plan.seconds[slow] / _total(plan):.0%} in {slow}"
+        f"{seconds_text(_total(plan))} s, of which {plan.seconds[slow] / _total(plan):.0%} in {slow}"
     )
 
 
 def verdict(plan: Ledger) -> str:
     """Whether it fits, and if not, why, and what would help."""
     if plan.fits():
-        slow = max(plan.seconds, key=lambda name: plan.seconds[name])
-        text = f"It fits. {plan.binding[0].upper()}{plan.binding[1:]} is the first limit; most time goes to {slow}."
+        text = f"It fits. {plan.binding[0].upper()}{plan.binding[1:]} is the first limit of length. {_time(plan)}"
         if plan.work.generates and plan.setup.vllm and plan.in_flight < plan.work.in_flight:
             text += f" Only {plan.in_flight:,} sequences are made at once, so that others wait."
         return text
@@ -210,6 +236,20 @@ def verdict(plan: Ledger) -> str:
     card = smallest_card(plan)
     bigger = f"; the smallest card that it fits as it is: {card.name}" if card else ""
     return f"It does not fit: {reason}. No change that was tried makes it fit{bigger}."
+
+
+def _time(plan: Ledger) -> str:
+    """What a step takes, and what of it the sampled tokens do."""
+    work, total, generating = plan.work, _total(plan), plan.rollout_seconds
+    if not work.generates:
+        slow = max(plan.seconds, key=lambda name: plan.seconds[name])
+        return f"A step takes {seconds_text(total)} s, most of it in {slow}."
+    text = (
+        f"A step takes {seconds_text(total)} s, {seconds_text(generating)} of them to generate {work.sequences:,} × "
+        f"{work.completion:,} = {work.generated:,} tokens, {seconds_text(work.generated / generating)} a second"
+    )
+    bound = total >= _LONG and generating >= total / 2
+    return f"{text}: generation time is what bounds it." if bound else f"{text}."
 
 
 def _reason(plan: Ledger) -> str:
@@ -236,7 +276,3 @@ def _total(plan: Ledger) -> float:
 
 def _gib(size: int | None) -> str:
     return "" if size is None else f"{size / GIB:.2f}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value < 10 else f"{value:.1f}"

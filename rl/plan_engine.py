@@ -14,12 +14,15 @@ from tandem.rl.config import RolloutConfig
 from tandem.rl.plan_devices import GIB, Device
 from tandem.rl.plan_shape import ModelShape
 from tandem.rollout.vllm_plan import BLOCK, IN_FLIGHT, VllmOptions, rounded_length
-from tandem.rollout.vllm_versions import LORA_RANKS
+from tandem.rollout.vllm_versions import ACCEPTED, LORA_RANKS, refusal
 
 if TYPE_CHECKING:
     from tandem.rl.plan_memory import Items, Setup
 
-__all__ = ["BLOCK", "IN_FLIGHT", "captured_graphs", "engine_items", "rounded_length", "step_bytes", "step_tokens"]
+__all__ = [
+    "BLOCK", "IN_FLIGHT", "captured_graphs", "engine_items", "engine_of_auto", "rounded_length", "step_bytes",
+    "step_tokens",
+]  # fmt: skip
 
 MIB = 1 << 20
 # Inputs of a batch, workspaces, kernels; and of a CUDA graph of one layer for one batch size.
@@ -29,6 +32,19 @@ BUFFERS, GRAPH = 128 * MIB, int(1.4 * MIB)
 _LOGITS, _SORTED = 4, 4
 # Tokens of a step at most, as vLLM sets it for `LLM`: more on large cards that are no A100.
 _FEW_TOKENS, _MANY_TOKENS, _LARGE = 8192, 16384, 70 * GIB
+
+
+def engine_of_auto(*, named: bool) -> tuple[str, str]:
+    """What `rollout.engine: auto` is to be planned as, and a sentence that says so.
+
+    Args:
+        named: for a card that is not here, with what its user would install; else for this machine.
+    """
+    refused = None if named else refusal()
+    if refused is None:
+        wanted = f"vLLM {' or '.join(ACCEPTED)}"
+        return "vllm", f"rollout.engine: auto is planned as vLLM, which it is on a GPU where {wanted} is installed"
+    return "transformers", f"rollout.engine: auto is planned as transformers, which it is here: {refused}"
 
 
 def captured_graphs(rollout: RolloutConfig) -> int:

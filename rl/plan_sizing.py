@@ -15,6 +15,7 @@ from tandem.rl.plan_devices import GIB, Device
 from tandem.rl.plan_engine import BLOCK, IN_FLIGHT, rounded_length, step_bytes, step_tokens
 from tandem.rl.plan_memory import FRAGMENTATION, kv_bytes
 from tandem.rl.plan_shape import ModelShape
+from tandem.rl.plan_time import seconds_text
 
 # Of a card's memory that sizes are chosen for; predictions were within a tenth of what was measured.
 USED_SHARE = 0.92
@@ -67,10 +68,12 @@ def choose_sizes(
     room = free.again(device=replace(device, memory_gib=USED_SHARE * device.memory_gib))
     rollout = {"rollout": _rollout(room, evaluated)} if free.work.generates else {}
     changes = {"train": _training(room.again(changed(config, rollout))), **rollout}
-    reasons = {
-        f"{section}.{key}": reason for section in changes for key, reason in _reasons(room, changes, section).items()
-    }
-    return Sizing(free.again(changed(config, changes)), free, changes, reasons)
+    made = free.again(changed(config, changes))
+    found = {"train": _train_reasons(room, changes)}
+    if rollout:
+        found["rollout"] = {key: _rollout_reason(made, key) for key in changes["rollout"]}
+    reasons = {f"{section}.{key}": reason for section, by_key in found.items() for key, reason in by_key.items()}
+    return Sizing(made, free, changes, reasons)
 
 
 def _training(room: Ledger) -> dict[str, Any]:
@@ -158,11 +161,9 @@ def _only_open(values: dict[str, Any], section: Any) -> dict[str, Any]:
     return {key: value for key, value in known.items() if getattr(section, key) in _OPEN}
 
 
-def _reasons(room: Ledger, changes: dict[str, dict[str, Any]], section: str) -> dict[str, str]:
-    """Why each value of a section was chosen: what the next larger or the other one would need, or take."""
-    values = changes[section]
-    if section == "rollout":
-        return {key: _rollout_reason(room, key, value) for key, value in values.items()}
+def _train_reasons(room: Ledger, changes: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Why each value was chosen: what the next larger or the other one would need, or take."""
+    values = changes["train"]
     plan = room.again(changed(room.config, changes))
     if not plan.trains():
         return dict.fromkeys(values, "the least there is, which does not fit either")
@@ -195,15 +196,23 @@ def _against(plan: Ledger, other: Ledger, label: str) -> str:
         if need <= have:
             return f"{label} the host is too small"
         return f"{label} training needs {need:.2f} GiB of {have:.2f}"
-    if f"{other.update_seconds:.3g}" == f"{plan.update_seconds:.3g}":
+    if _seconds(other) == _seconds(plan):
         return f"{label} an update is no faster"
-    return f"{label} an update takes {other.update_seconds:.3g} s in place of {plan.update_seconds:.3g}"
+    return f"{label} an update takes {_seconds(other)} s in place of {_seconds(plan)}"
 
 
-def _rollout_reason(room: Ledger, key: str, value: Any) -> str:
-    if key == "kv_cache_gib":
-        return "what so many sequences at once need, or what is left"
-    return "as many as fit, or as the engine takes" if value < room.work.sequences else "the whole batch"
+def _seconds(plan: Ledger) -> str:
+    return seconds_text(plan.update_seconds)
+
+
+def _rollout_reason(made: Ledger, key: str) -> str:
+    """Why a value of the plan that was made is what it is."""
+    wanted, fit = made.work.in_flight, made.in_flight
+    if key == "max_in_flight":
+        return "as many as fit, or as the engine takes" if wanted < made.work.sequences else "the whole batch"
+    if fit < wanted:
+        return f"what is left, for {fit:,} of {wanted:,} sequences at once"
+    return f"what {wanted:,} sequences at once need"
 
 
 def _shown(value: Any) -> str:

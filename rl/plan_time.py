@@ -49,10 +49,20 @@ class Work:
         return self.prompt + self.completion
 
     @property
+    def generated(self) -> int:
+        """Tokens that are sampled."""
+        return self.sequences * self.completion
+
+    @property
     def tokens(self) -> int:
         """That pass the model once for a gradient."""
         prompts = self.prompts if self.shared else self.learned
         return prompts * self.prompt + self.learned * self.completion
+
+
+def seconds_text(value: float) -> str:
+    """Three digits at most."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value < 10 else f"{value:.1f}"
 
 
 def step_seconds(setup: Setup, work: Work, pack: Pack, rows: int, device: Device) -> dict[str, float]:

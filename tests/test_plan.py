@@ -16,7 +16,7 @@ import torch
 from plan_config import config_of
 from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
-from tandem.rl import cli, plan_memory
+from tandem.rl import cli, plan_command, plan_engine, plan_memory
 from tandem.rl.errors import UserError
 from tandem.rl.plan import Ledger, changed, ledger
 from tandem.rl.plan_changes import candidates, smallest_card, smallest_change, try_changes
@@ -33,6 +33,7 @@ from tandem.rl.plan_memory import (
     weight_items,
 )
 from tandem.rl.plan_shape import Linear, ModelShape, adapter_shape, shape_of
+from tandem.rl.plan_sizing import choose_sizes
 from tandem.rl.plan_time import Work, step_seconds
 
 TINY: dict[str, Any] = {
@@ -347,9 +348,10 @@ def test_changes_are_what_the_config_says_after_them(qwen: ModelShape) -> None:
     plan = plan_of(qwen, "24", host=512)
     for change in try_changes(plan):
         (settings,) = [values for name, values in candidates(plan) if name == change.setting]
-        after = ledger(qwen, changed(plan.config, settings), plan.device)
+        after = choose_sizes(qwen, changed(plan.config, settings), plan.device)
+        sized = after.plan
         assert (change.longest, change.in_flight, change.training) == (
-            after.longest, after.in_flight, after.training().bytes
+            after.free.longest, sized.in_flight, sized.training().bytes
         )  # fmt: skip
     best = try_changes(plan)[0]
     assert best.setting == "rollout.kv_cache_dtype=fp8"
@@ -454,6 +456,46 @@ def test_the_command_in_a_process_of_its_own(place: Path) -> None:
         "It fits.",
     ):
         assert words in done.stdout  # fmt: skip
+
+
+def test_auto_is_planned_as_the_engine_that_a_user_of_the_card_gets(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM on a card that is named; on one that is here, vLLM only if it can be used. Said in a line, and no more where
+    the config names its engine."""
+    words = (str(place / "run.yaml"), "--host-gib", "64")
+    _, named, _ = run(capsys, monkeypatch, *words, "rollout.engine=auto", "--gpu", "4090")
+    assert "vllm engine" in named
+    assert "rollout.engine: auto is planned as vLLM, which it is on a GPU where vLLM 0.24.0 is installed" in named
+    monkeypatch.setattr(plan_command, "local_device", lambda **_: find_device("4090", host_gib=64))
+    for refused, engine in ((None, "vllm"), ("vLLM is not installed", "transformers")):
+        monkeypatch.setattr(plan_engine, "refusal", lambda refused=refused: refused)
+        _, here, _ = run(capsys, monkeypatch, *words, "rollout.engine=auto")
+        assert f"{engine} engine" in here
+        assert refused is None or f"auto is planned as transformers, which it is here: {refused}" in here
+    _, given, _ = run(capsys, monkeypatch, *words, "--gpu", "4090")
+    assert "rollout.engine: auto" not in given
+
+
+def test_what_generation_costs_is_said_in_tokens_and_seconds(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = ("data.max_prompt_length=30000", "rollout.max_completion_length=4096")
+    words = (str(place / "run.yaml"), *deep, "--gpu", "24", "--host-gib", "64")
+    _, out, _ = run(capsys, monkeypatch, *words, "--json")
+    plan = json.loads(out)
+    sequences, generating = plan["generated"]["tokens"] // 4096, plan["generated"]["seconds"]
+    assert generating == pytest.approx(plan["seconds"]["rollout: prompts"] + plan["seconds"]["rollout: completions"])
+    _, out, _ = run(capsys, monkeypatch, *words)
+    said = " ".join(out.split())
+    assert f"{generating:,.0f} of them to generate {sequences:,} × 4,096 = {4096 * sequences:,} tokens" in said
+    assert "generation time is what bounds it" in said
+    # And at the longest that fits.
+    longest, prompt = plan["at_longest"], plan["longest"] - 4096
+    assert f"a step with {prompt:,} + 4,096 tokens {longest['seconds']:,.0f} seconds, of which" in said
+    assert longest["generating"] > generating
+    _, short, _ = run(capsys, monkeypatch, str(place / "run.yaml"), "rollout.max_completion_length=16", "--gpu", "h100")
+    assert "generation time is what bounds it" not in short
 
 
 def test_json_holds_what_the_ledger_says(
