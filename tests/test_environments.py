@@ -13,6 +13,8 @@ import pytest
 import torch
 from tiny_model import move_adapter, save_llama
 
+from tandem.rewards.base import load_reward
+from tandem.rewards.compose import score
 from tandem.rl.chat import completion_text, encode, render
 from tandem.rl.config import LoraConfig, ModelConfig
 from tandem.rl.config_file import parse_config
@@ -343,6 +345,60 @@ def test_methods_are_tools_and_the_episode_ends_without_a_call(tokenizer):
     assert all(f'"name": "{name}"' in shown for name in ("add", "later", "step"))
     assert "_hidden" not in shown
     assert "get_reward" not in shown
+
+
+class Lock:
+    """Written as TRL's documentation shows environments: tools with Google-style docstrings, state on the object."""
+
+    def __init__(self):
+        self.code = ""
+        self.reward = 0.0
+
+    def reset(self, **kwargs) -> str | None:
+        self.code = kwargs["code"]
+        self.reward = 0.0
+        self.tries = 0
+        return " The lock has one digit."
+
+    @property
+    def open(self) -> bool:
+        raise AssertionError("TRL never looks at properties")
+
+    def turn(self, digit: str) -> str:
+        """
+        Turn the lock to a digit.
+
+        Args:
+            digit: The digit to try.
+
+        Returns:
+            What the lock does.
+        """
+        self.tries += 1
+        if self.tries > 2:
+            raise ValueError("The lock is jammed.")
+        self.reward = 1.0 if digit == self.code else 0.0
+        return "It opens." if self.reward else "Nothing happens."
+
+
+def test_an_environment_and_its_reward_written_for_trl_run_unchanged(tokenizer):
+    def reward_func(environments, **kwargs):
+        return [environment.reward for environment in environments]
+
+    def line(text: str) -> str:
+        digit = text.count("<|im_start|>tool") + 1
+        call = f'<tool_call>{{"name": "turn", "arguments": {{"digit": "{digit}"}}}}</tool_call>'
+        return (call if digit < 4 and "opens" not in text else "done") + "<|im_end|>"
+
+    rows = [{"code": "1"}, {"code": "2"}, {"code": "9"}]
+    groups = play(tokenizer, Script(tokenizer, line), Environments({None: Lock}), rows)
+    assert "start The lock has one digit." in tokenizer.decode(groups[0].prompt.ids)
+    heard = [[m["content"] for m in g.completions[0].episode.messages if m["role"] == "tool"] for g in groups]
+    assert heard[:2] == [["It opens."], ["Nothing happens.", "It opens."]]
+    assert heard[2][:2] == ["Nothing happens."] * 2
+    assert "The lock is jammed." in heard[2][2], "what a tool raises goes back to the model"
+    scores = score(groups, [load_reward(reward_func)], tokenizer.decode, timeout=20)
+    assert [row.reward for row in scores.rows] == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
 
 
 def test_reset_may_add_to_the_prompt_and_rows_that_differ_share_its_beginning(tokenizer):

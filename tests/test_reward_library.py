@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib.util
 import json
@@ -550,6 +551,46 @@ def test_async_verl_functions_work() -> None:
         return {"score": 0.5}
 
     assert values(scores_of([group("a", "b", **VERL_ROW)], {"function": compute_score}), "compute_score") == [0.5, 0.5]
+
+
+def test_async_verl_functions_are_in_flight_together() -> None:
+    waiting = 0
+
+    async def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+        nonlocal waiting
+        waiting += 1
+        while waiting < 3:  # one after the other they would wait for ever
+            await asyncio.sleep(0.001)
+        return float(solution_str)
+
+    scores = scores_of([group("1", "2", "3", **VERL_ROW)], {"function": compute_score})
+    assert values(scores, "compute_score") == [1.0, 2.0, 3.0]
+
+
+def test_verl_functions_of_batches_run_unchanged() -> None:
+    """As verl's batch reward manager calls them."""
+    seen: list[tuple[Any, ...]] = []
+
+    def compute_score(data_sources, solution_strs, ground_truths, extra_infos, scale=1.0, **kwargs):
+        seen.append((data_sources, solution_strs, ground_truths, extra_infos, kwargs))
+        pairs = zip(solution_strs, ground_truths, strict=True)
+        return [{"score": scale * (text == truth), "length": len(text)} for text, truth in pairs]
+
+    chat = [{"role": "user", "content": "q"}]
+    groups = [
+        group("4", "55", **VERL_ROW),
+        group("6", prompt=chat, **{**VERL_ROW, "reward_model": {"ground_truth": "6"}}),
+    ]
+    scores = scores_of(groups, {"function": compute_score, "kwargs": {"scale": 2.0}})
+    assert values(scores, "compute_score") == [2.0, 0.0, 2.0]
+    assert scores.extras == {"length": [1, 2, 1]}
+    assert seen == [(["gsm8k"] * 3, ["4", "55", "6"], ["4", "4", "6"], [{"split": "train"}] * 3, {})]
+
+    def short(solution_strs, ground_truths):
+        return [0.0]
+
+    with pytest.raises(UserError, match="returned 1 values for 2"):
+        scores_of([group("a", "b", **VERL_ROW)], {"function": short})
 
 
 def test_faults_of_verl_functions_are_explained() -> None:

@@ -1003,6 +1003,87 @@ def test_trls_own_rewards_run_unchanged() -> None:
     assert [list(row.rewards.values()) for row in rows] == [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
 
 
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_all_rewards_that_trl_ships_give_the_values_that_they_give_there(kind: str) -> None:
+    """Called here by the toolkit and there as TRL's trainer does: with lists, by keyword."""
+    trl_rewards = pytest.importorskip("trl.rewards")
+    texts = [r"<think>\na b c a b c\n</think>\n\\boxed{7}", "<think>seven</think> 7 7 7 7", r"so \boxed{7}", ""]
+    chat = [{"role": "user", "content": "7?"}] if kind == "chat" else "7?"
+    groups = [group(*texts, prompt=chat, solution="$7$")]
+    functions = {
+        "accuracy_reward": trl_rewards.accuracy_reward,
+        "reasoning_accuracy_reward": trl_rewards.reasoning_accuracy_reward,
+        "think_format_reward": trl_rewards.think_format_reward,
+        "cosine": trl_rewards.get_cosine_scaled_reward(max_len=40),
+        "repetition": trl_rewards.get_repetition_penalty_reward(ngram_size=2, max_penalty=-1.0),
+        "overlong": trl_rewards.get_soft_overlong_punishment(max_completion_len=30, soft_punish_cache=20),
+    }
+    if kind == "text":  # the others are made for messages, there as here
+        functions = {name: functions[name] for name in ("repetition", "overlong")}
+    rewards = [load_reward(function, name=name) for name, function in functions.items()]
+    rows = score(groups, rewards, decode, timeout=60).rows
+    given = {
+        "prompts": [chat] * 4,
+        "completions": [[{"role": "assistant", "content": t}] for t in texts] if kind == "chat" else texts,
+        "completion_ids": [[ord(c) for c in t] for t in texts],
+        "solution": ["$7$"] * 4,
+    }
+    for name, function in functions.items():
+        expected = function(**given, trainer_state=None, log_extra=None, log_metric=None, environments=None)
+        assert [row.rewards[name] for row in rows] == expected, name
+        assert len(set(expected)) > 1, name
+
+
+TRL_STYLE = """
+import asyncio
+import re
+
+def by_length(completion_ids, **kwargs):
+    return [float(len(ids)) for ids in completion_ids]
+
+def by_format(completions, **kwargs):
+    contents = [completion[0]["content"] for completion in completions]
+    return [1.0 if re.match(r"^<think>.*?</think>", content) else 0.0 for content in contents]
+
+def by_answer(prompts, completions, ground_truth, **kwargs):
+    found = [re.search(r"boxed\\{(.*?)\\}", completion[0]["content"]) for completion in completions]
+    return [1.0 if match and match.group(1) == truth else 0.0 for match, truth in zip(found, ground_truth)]
+
+def by_task(prompts, completions, task, **kwargs):
+    return [None if t != "math" else 0.25 for t in task]
+
+async def later(prompts, completions, **kwargs):
+    await asyncio.sleep(0.01)
+    return [float(len(prompts))] * len(completions)
+
+def by_progress(completions, trainer_state=None, log_extra=None, log_metric=None, **kwargs):
+    log_extra("seen", [c[0]["content"][:2] for c in completions])
+    log_metric("progress", trainer_state.global_step / trainer_state.max_steps)
+    return [trainer_state.global_step * 1.0 for _ in completions]
+"""
+
+
+def test_functions_written_as_trls_documentation_shows_run_unchanged(tmp_path: Path) -> None:
+    (tmp_path / "trl_style.py").write_text(TRL_STYLE)
+    names = ("by_length", "by_format", "by_answer", "by_task", "later", "by_progress")
+    rewards = [load_reward(f"{tmp_path}/trl_style.py:{name}") for name in names]
+    chat = [{"role": "user", "content": "7?"}]
+    good = r"<think>x</think>\boxed{7}"
+    groups = [
+        group(good, "no", prompt=chat, ground_truth="7", task="math"),
+        group("7", prompt=chat, index=1, ground_truth="7", task="code"),
+    ]
+    scores = score(groups, rewards, decode, timeout=20, global_step=3, max_steps=12)
+    assert [list(row.rewards.values()) for row in scores.rows] == [
+        [float(len(good)), 1.0, 1.0, 0.25, 3.0, 3.0],
+        [2.0, 0.0, 0.0, 0.25, 3.0, 3.0],
+        [1.0, 0.0, 0.0, None, 3.0, 3.0],
+    ]
+    assert scores.rows[2].reward == 7.0, "a reward that does not apply is left out of the sum, as in TRL"
+    assert scores.extras == {"seen": ["<t", "no", "7"]}
+    assert scores.metrics["progress"] == 0.25
+
+
 def test_importing_rewards_loads_neither_torch_nor_sympy() -> None:
     source = (
         "import sys, tandem.rewards.compose, tandem.rewards.math_answer, tandem.rewards.length\n"
