@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tandem.rl.errors import RunStopped, UserError
+from tandem.rl.library_imports import collector_off
 
 if TYPE_CHECKING:
     from tandem.rl.config import Config
@@ -143,7 +144,8 @@ def plan(
 ) -> None:
     """What a run needs and what fits on a card, from the config alone; loads no weights, needs no GPU."""
     checked = load_config(config, overrides)
-    from tandem.rl import plan_command
+    with collector_off():
+        from tandem.rl import plan_command
 
     plan_command.plan(checked, gpu=gpu, host_gib=host_gib, as_json=as_json, console=_console())
 
@@ -183,7 +185,8 @@ def load_run_config(run: Path, overrides: list[str] | None = None) -> Config:
 
 
 def _commands():
-    from tandem.rl import commands
+    with collector_off():
+        from tandem.rl import commands
 
     return commands
 

@@ -15,6 +15,7 @@ from tandem.rl.console import Console
 from tandem.rl.errors import UserError, cause
 from tandem.rl.evaluate import Judge
 from tandem.rl.examples import load_labelled, load_preferences, load_supervised
+from tandem.rl.library_imports import collector_off
 from tandem.rl.model import load_tokenizer
 from tandem.rl.policy_loss import LossValue, PolicyTokens, custom_policy_loss, policy_loss
 from tandem.rl.preference_loss import PreferenceOptions, check_options
@@ -270,8 +271,9 @@ def quiet_libraries() -> None:
     """Progress bars and advice of the libraries would tear our own live display apart."""
     import warnings
 
-    import datasets
-    import transformers
+    with collector_off():
+        import datasets
+        import transformers
 
     # Deprecations between transformers and peft are not the user's to mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")

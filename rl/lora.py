@@ -9,6 +9,7 @@ import torch
 
 from tandem.rl.config import LoraConfig
 from tandem.rl.errors import UserError
+from tandem.rl.library_imports import import_peft
 from tandem.rl.model import LanguageModel
 
 
@@ -21,8 +22,7 @@ def attach_lora(language_model: LanguageModel, config: LoraConfig, *, seed: int)
         UserError: a target module does not exist, or the head is adapted in a way that is not computed: its weight is
             also the input embedding, or it has something beside plain LoRA without dropout.
     """
-    import peft
-
+    peft = import_peft()
     model = language_model.model
     if config.init_from:
         try:

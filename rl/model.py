@@ -23,6 +23,7 @@ from tandem.rl.attention_choice import with_attention
 from tandem.rl.config import ModelConfig
 from tandem.rl.distributed import local_rank
 from tandem.rl.errors import UserError
+from tandem.rl.library_imports import collector_off
 from tandem.rl.store import WeightStore
 from tandem.rl.weights import resolve_model
 
@@ -228,15 +229,16 @@ def load_tokenizer(config: ModelConfig) -> Any:
     Raises:
         UserError: it cannot be found or loaded.
     """
-    from transformers import AutoTokenizer
-
     from tandem.rl.chat import set_chat_template
 
     source = resolve_model(config.model_name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        with collector_off():  # imports half of transformers
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
     except Exception as error:  # a damaged file makes the libraries raise anything; reported with its cause
         raise UserError(
             f"cannot load the tokenizer of {config.model_name_or_path!r}: {_first_lines(error)}",
@@ -254,7 +256,8 @@ def _register_packed_attention() -> None:
 
     No mask function is registered beside it: transformers then builds no mask, which is what a pack needs.
     """
-    from transformers import AttentionInterface
+    with collector_off():
+        from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED, _attention_for_transformers)
 

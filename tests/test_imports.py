@@ -57,6 +57,7 @@ LIGHT = {
     "errors",
     "examples",
     "journal",
+    "library_imports",
     "prompts",
     "row_function",
     "rows",

@@ -182,7 +182,7 @@ ATTACK = (
 def test_a_completion_with_a_script_stays_text_in_a_browser(tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
     if browser is None:
-        pytest.skip("no Chromium here")
+        pytest.skip("no Chromium here (Debian, Ubuntu: apt-get install chromium)")
     row = Scored(Prompt(0, [1], ATTACK), Completion([1], [0.0], False), 0, ATTACK, {ATTACK: 1.0}, 1.0, 0.0)
     write_rollouts(tmp_path, 1, [row])
     (tmp_path / "metrics.jsonl").write_text(
@@ -213,7 +213,7 @@ def test_a_completion_with_a_script_stays_text_in_a_browser(tmp_path: Path) -> N
         return done.stdout.decode("utf-8", "replace")
 
     if "<title>taken</title>" not in shown(control):
-        pytest.skip("this Chromium does not start here")
+        pytest.skip(f"{browser} shows no page here (on Ubuntu it may be a stand-in for a snap)")
     dom = shown(page)
     assert "<title>taken</title>" not in dom
     assert "&lt;script&gt;document.title='taken'" in dom
