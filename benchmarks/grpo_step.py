@@ -31,6 +31,7 @@ import argparse
 import json
 import os
 import platform
+import socket
 import statistics
 import sys
 import tempfile
@@ -135,6 +136,7 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
                 ahead[system] = Ahead(lines, Turn(place))
             for process in ahead.values():
                 process.wait_until_ready()
+            print("all are ready", flush=True)
         while arguments.gate and ahead and not arguments.gate.exists():
             time.sleep(0.2)
         for system, shape in jobs(arguments, argv):
@@ -192,11 +194,18 @@ def rows_of(
 
 def said(worker: str, argv: list[str], timeout: float) -> Iterator[tuple[str, str]]:
     """The lines of a worker, by their first word."""
-    settings = SETTINGS | ({"UNSLOTH_VLLM_STANDBY": "1"} if worker == "unsloth" else {})
+    settings = SETTINGS | port_of_its_own() | ({"UNSLOTH_VLLM_STANDBY": "1"} if worker == "unsloth" else {})
     for line in lines_of(worker, [*argv, "--worker", worker], timeout, script=__file__, settings=settings):
         kind, _, rest = line.partition(" ")
         if kind in ("DEVICE", "START", "ROW", "NOTE", "ERROR", "FAILED"):
             yield kind, rest
+
+
+def port_of_its_own() -> dict[str, str]:
+    """For a system that makes a process group, of one process: those that start at once would take the same port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
 
 def row(system: str, arguments: argparse.Namespace, **values: Any) -> dict[str, Any]:
@@ -499,9 +508,10 @@ def steps_of_peer(arguments: argparse.Namespace) -> int:
 def set_length(trainer: Any, tokens: int) -> None:
     """TRL's trainer, or what Unsloth made of it, samples completions of so many tokens from now on."""
     trainer.max_completion_length = tokens
-    if trainer.use_vllm and hasattr(trainer, "vllm_generation"):
-        trainer.vllm_generation.max_completion_length = tokens
-    trainer.generation_config.max_new_tokens = trainer.generation_config.min_new_tokens = tokens
+    if (vllm := getattr(trainer, "vllm_generation", None)) is not None:
+        vllm.max_completion_length = tokens
+    if (transformers := getattr(trainer, "generation_config", None)) is not None:
+        transformers.max_new_tokens = transformers.min_new_tokens = tokens
     if (sampling := getattr(trainer.args, "vllm_sampling_params", None)) is not None:
         sampling.max_tokens = tokens
 

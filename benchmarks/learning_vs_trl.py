@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from grpo_step import SETTINGS, facts, report_error, say
+from grpo_step import SETTINGS, facts, port_of_its_own, report_error, say
 from turns import Ahead, Turn
 from update import RESULTS, ROOT, header, lines_of, result_path, store
 
@@ -106,6 +106,7 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
                 ahead[seed] = Ahead(lines, Turn(place))
             for run in ahead.values():
                 run.wait_until_ready()
+            print("all are ready", flush=True)
             while arguments.gate and not arguments.gate.exists():
                 time.sleep(0.2)
         for seed in arguments.seeds:
@@ -247,7 +248,7 @@ def samples_per_step(config: Any) -> float:
 
 def trl_lines(argv: list[str], seed: int, engine: str, timeout: float) -> Iterator[str]:
     command = [*argv, "--worker", "trl", "--seeds", str(seed), "--engine", engine]
-    return lines_of("trl", command, timeout, script=__file__, settings=SETTINGS)
+    return lines_of("trl", command, timeout, script=__file__, settings=SETTINGS | port_of_its_own())
 
 
 def trl_row(
