@@ -120,9 +120,6 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
     result = header("grpo_step.py", "grpo-step", argv, device)
     result |= {"allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), "notes": {}, "rows": []}
     target = arguments.into or result_path(arguments.out or RESULTS, result)
-    if arguments.into and arguments.into.exists():
-        result = json.loads(arguments.into.read_text(encoding="utf-8"))
-        result.setdefault("more_commands", []).append(command_line("grpo_step.py", argv))
     on_gpu = device["total_gib"] is not None
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -139,6 +136,9 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
             print("all are ready", flush=True)
         while arguments.gate and ahead and not arguments.gate.exists():
             time.sleep(0.2)
+        if arguments.into and arguments.into.exists():  # it may be written to until now
+            result = json.loads(arguments.into.read_text(encoding="utf-8"))
+            result.setdefault("more_commands", []).append(command_line("grpo_step.py", argv))
         for system, shape in jobs(arguments, argv):
             name = f"{system} {shape[-1]}" if arguments.longest else system
             failed = False
