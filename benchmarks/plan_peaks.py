@@ -1,6 +1,6 @@
 """What the plan says a GRPO run will take, against what it then takes: ten configurations, two steps each.
 
-    python benchmarks/plan_peaks.py --together 5        # on a GPU; makes its checkpoints itself, random ones
+    python benchmarks/plan_peaks.py                     # on a GPU; makes its checkpoints itself, random ones
     python benchmarks/plan_peaks.py --predict h200      # without one: the predictions alone
 
 Sizes, lengths, LoRA ranks and weight formats differ. Every configuration is a run of `rl-train run` in a process of its
@@ -15,7 +15,7 @@ Compared are, for each phase:
 - allocated: the same without the plan's "allocator's reserve", against the most that tensors held.
 
 vLLM's KV pool counts while it is awake, and not while it sleeps. Both are figures of one process, so several
-configurations may run at once (`--together`; five need up to 90 GiB); their seconds say nothing then. What PyTorch does
+configurations run at once (`--together`, as many as the card holds); their seconds say nothing then. What PyTorch does
 not hold can only be seen on the whole device: with `--together 1`, and nothing else on it, what the device holds at a
 phase's end is compared with the whole prediction, too (`device`). Host memory is what the pool of offloaded inputs has
 pinned. Errors are (predicted - measured) / measured.
@@ -31,9 +31,11 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,8 @@ from update import GIB, RESULTS, header, lines_of, result_path, store
 
 RESERVE = "allocator's reserve"
 LIMIT = 10.0
+# Of a card, what configurations may need together by their plans.
+USED = 0.9
 # A CPU gets this part of the tokens.
 _CPU_SHARE = 64
 
@@ -80,12 +84,12 @@ _HOST = "train.offload_activations=true"
 CASES = (
     Case("qwen3-0.6b", "bf16", "nf4", 64, 2, 4, 3840, 256, ("rollout.cudagraph_sizes=[1,2,4,8]",)),
     Case("qwen3-8b", "nf4", "nf4", 8, 1, 2, 32512, 256, (_EAGER, _HOST)),
-    Case("qwen3-8b", "nf4", "nf4", 32, 4, 8, 512, 512, (_EAGER,)),
+    Case("qwen3-8b", "nf4", "nf4", 32, 4, 8, 512, 512, (_EAGER, "train.max_tokens=8192")),
     Case("qwen3-8b", "nf4", "nf4", 16, 2, 4, 7936, 256, (_EAGER, "optim.optim=adamw_8bit")),
     Case("qwen3-4b", "bf16", "bf16", 64, 1, 4, 3840, 256, (_EAGER,)),
-    Case("qwen3-4b", "bf16", "int4", 32, 4, 4, 768, 256, (_EAGER, _KEPT)),
+    Case("qwen3-4b", "bf16", "int4", 32, 2, 4, 768, 256, (_EAGER, _KEPT)),
     Case("qwen3-4b", "bf16", "nf4", 16, 1, 2, 16128, 256, (_EAGER,)),
-    Case("llama-3.2-1b", "bf16", "bf16", 32, 2, 4, 7936, 256, (_EAGER, _KEPT)),
+    Case("llama-3.2-1b", "bf16", "bf16", 32, 1, 4, 7936, 256, (_EAGER, _KEPT)),
     Case("llama-3.2-1b", "bf16", "int4", 16, 4, 4, 1792, 256, (_EAGER, "train.attention_memory=recompute")),
     Case("qwen3-0.6b", "bf16", "bf16", 8, 4, 8, 768, 256, (_EAGER,)),
 )
@@ -108,8 +112,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = range(len(CASES))
     parser.add_argument("--cases", type=int, nargs="+", choices=numbers, default=list(numbers), metavar="NUMBER")
-    parser.add_argument("--together", type=int, default=5, help="configurations that run at once")
-    parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one configuration")
+    parser.add_argument("--together", type=int, default=10, help="configurations that run at once")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one configuration")
     parser.add_argument("--predict", metavar="CARD", help="print the predictions for a card, and run nothing")
     parser.add_argument("--checkpoints", type=Path, help="folder for the checkpoints, which stay (default: none does)")
     parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results)")
@@ -135,8 +139,10 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
         ThreadPoolExecutor(arguments.together) as runs,
     ):
         folders = checkpoints(arguments.cases, arguments.checkpoints or Path(scratch), makers, on_gpu=on_gpu)
+        room = Room(USED * device["total_gib"] if on_gpu else float("inf"))
+        needs = {number: needed(number, device["total_gib"]) if on_gpu else 0.0 for number in arguments.cases}
         asked = [
-            runs.submit(run_case, number, folders[key(CASES[number], on_gpu=on_gpu)], arguments)
+            runs.submit(run_case, number, folders[key(CASES[number], on_gpu=on_gpu)], arguments, room, needs[number])
             for number in arguments.cases
         ]
         for done in as_completed(asked):
@@ -149,54 +155,83 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
     print(target)
 
 
+class Room:
+    """Device memory that is lent out; who needs more than all of it gets all."""
+
+    def __init__(self, gib: float) -> None:
+        self._all = self._free = gib
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def lent(self, gib: float) -> Iterator[None]:
+        """Wait for `gib`, and have them."""
+        gib = min(gib, self._all)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= gib)
+            self._free -= gib
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += gib
+                self._changed.notify_all()
+
+
 def checkpoints(
     numbers: list[int], folder: Path, makers: ThreadPoolExecutor, *, on_gpu: bool
-) -> dict[tuple[str, str, int], Future[Path]]:
-    """A random checkpoint for each shape and format, all being made at the same time."""
-    keys = dict.fromkeys(key(CASES[number], on_gpu=on_gpu) for number in numbers)
-    return {one: makers.submit(make_checkpoint, one, folder) for one in keys}
+) -> dict[tuple[str, str, int], Path]:
+    """Folders of random checkpoints, one for each shape and format; they are being made, all at the same time."""
+    found = {}
+    for number in numbers:
+        shape, stored, context = one = key(CASES[number], on_gpu=on_gpu)
+        if one not in found:
+            found[one] = folder / f"{shape}-{stored}-{context}"
+            makers.submit(make_checkpoint, one, found[one])
+    return found
 
 
 def key(case: Case, *, on_gpu: bool) -> tuple[str, str, int]:
     return (case.shape, case.stored, case.context) if on_gpu else ("tiny", "bf16", case.context)
 
 
-def make_checkpoint(one: tuple[str, str, int], folder: Path) -> Path:
-    """The folder. Raises RuntimeError: it could not be made."""
+def make_checkpoint(one: tuple[str, str, int], target: Path) -> None:
+    """Make it, and say beside it when it is whole or what went wrong."""
     shape, stored, context = one
-    target = folder / f"{shape}-{stored}-{context}"
+    target.parent.mkdir(parents=True, exist_ok=True)
     script = Path(__file__).with_name("random_checkpoint.py")
     command = [sys.executable, str(script), shape, str(target), "--dtype", stored, "--context", str(context)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"no checkpoint of {shape}: {done.stderr.strip()[-1000:]}")
-    return target
+    word = "failed" if done.returncode else "ready"
+    beside = target.with_suffix(".part")
+    beside.write_text(done.stderr.strip()[-1000:], encoding="utf-8")
+    beside.replace(target.with_name(f"{target.name}.{word}"))
 
 
-def run_case(number: int, checkpoint: Future[Path], arguments: argparse.Namespace) -> dict[str, Any]:
+def wait_for(checkpoint: Path) -> None:
+    """Until it is whole. Raises RuntimeError: it could not be made."""
+    ready, failed = (checkpoint.with_name(f"{checkpoint.name}.{word}") for word in ("ready", "failed"))
+    while not ready.exists():
+        if failed.exists():
+            raise RuntimeError(f"no checkpoint {checkpoint.name}: {failed.read_text(encoding='utf-8')}")
+        time.sleep(0.1)
+
+
+def run_case(number: int, checkpoint: Path, arguments: argparse.Namespace, room: Room, gib: float) -> dict[str, Any]:
     """The row of a configuration, or what went wrong with it."""
-    case = CASES[number]
-    row: dict[str, Any] = {"case": number, "name": case.name, "error": None}
-    started = time.perf_counter()
-    try:
-        folder = checkpoint.result()
-    except RuntimeError as error:
-        return row | {"error": str(error)}
-    made = time.perf_counter()
+    row: dict[str, Any] = {"case": number, "name": CASES[number].name, "error": None}
     notes: list[str] = []
-    for kind, rest in said(str(number), folder, arguments.timeout):
-        if kind == "CASE":
-            row |= json.loads(rest)
-        elif kind == "NOTE":
-            notes.append(json.loads(rest))
-        elif kind == "ERROR" or (kind == "FAILED" and row["error"] is None):
-            row["error"] = json.loads(rest)
+    with room.lent(gib):
+        for kind, rest in said(str(number), checkpoint, arguments.timeout):
+            if kind == "CASE":
+                row |= json.loads(rest)
+            elif kind == "NOTE":
+                notes.append(json.loads(rest))
+            elif kind == "ERROR" or (kind == "FAILED" and row["error"] is None):
+                row["error"] = json.loads(rest)
     if arguments.together > 1:
         for measured in row.get("measured_gib", {}).values():
             del measured["device"]  # which is that of all of them
-    ended = time.perf_counter()
-    waited, ran = round(made - started, 1), round(ended - made, 1)
-    return row | errors(row) | {"waited_seconds": waited, "run_seconds": ran, "notes": notes}
+    return row | errors(row) | {"notes": notes}
 
 
 def said(worker: str, model: Path | None, timeout: float) -> Iterator[tuple[str, str]]:
@@ -283,13 +318,18 @@ def settings_of(
         overrides.append("rollout.engine=vllm")
         if case.format != "bf16":
             overrides += ["model.load_in_4bit=true", f"model.weight_format={case.format}"]
-    return settings, [*overrides, *case.settings]
+    # bitsandbytes' optimisers want a GPU.
+    return settings, [*overrides, *(one for one in case.settings if on_gpu or not one.startswith("optim."))]
 
 
 def work(number: int, model: Path) -> None:
-    started = time.perf_counter()
+    from tandem.rollout.vllm_versions import refusal
+
     try:
-        measure(CASES[number], model, started)
+        # A run asks so, too; it takes most of the time of a start, and needs no checkpoint.
+        refusal()
+        wait_for(model)
+        measure(CASES[number], model, time.perf_counter())
     except Exception as error:  # noqa: BLE001  # whatever it was belongs into the result
         grpo_step.report_error(error)
 
@@ -383,7 +423,22 @@ def facts_of(plan: Any) -> dict[str, Any]:
 
 
 def predict(arguments: argparse.Namespace) -> None:
-    """What the plan says of every configuration on a card."""
+    """Print what the plan says of every configuration on a card."""
+    for number in arguments.cases:
+        plan = plan_on(CASES[number], arguments.predict)
+        found = {"case": number, "name": CASES[number].name, **predictions(plan), "host_gib": plan.host}
+        print(json.dumps(found))
+        for phase, items in facts_of(plan)["items"].items():
+            print(f"  {phase}: " + ", ".join(f"{name} {size:.2f}" for name, size in items.items()))
+
+
+def needed(number: int, total_gib: float) -> float:
+    """GiB that a configuration takes of a card of this size, by its plan."""
+    return max(sums["device"] for sums in predictions(plan_on(CASES[number], str(total_gib))).values())
+
+
+def plan_on(case: Case, card: str) -> Any:
+    """The plan of a configuration with the sizes that it gets on a card; nothing of its checkpoint is needed."""
     import yaml
     from random_checkpoint import CONFIGS
 
@@ -393,24 +448,16 @@ def predict(arguments: argparse.Namespace) -> None:
     from tandem.rl.plan_shape import read_shape
     from tandem.rl.plan_sizing import choose_sizes
 
-    device = find_device(arguments.predict, host_gib=128)
-    print(device.name)
-    for number in arguments.cases:
-        case = CASES[number]
-        with tempfile.TemporaryDirectory() as folder:
-            sizes = CONFIGS[case.shape] | {"max_position_embeddings": case.context}
-            if case.stored == "nf4":
-                sizes["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-            Path(folder, "config.json").write_text(json.dumps(sizes), encoding="utf-8")
-            settings, overrides = settings_of(case, Path(folder), folder, on_gpu=True)
-            Path(folder, "step.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-            config = load_config(Path(folder, "step.yaml"), overrides)
-            longest = Longest(case.prompt, case.completion)
-            plan = choose_sizes(read_shape(config.model), config, device, longest=longest).plan
-        found = {"case": number, "name": case.name, **predictions(plan), **facts_of(plan), "host_gib": plan.host}
-        print(json.dumps({name: value for name, value in found.items() if name != "items"}))
-        for phase, items in found["items"].items():
-            print(f"  {phase}: " + ", ".join(f"{name} {size:.2f}" for name, size in items.items()))
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = CONFIGS[case.shape] | {"max_position_embeddings": case.context}
+        if case.stored == "nf4":
+            sizes["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        Path(folder, "config.json").write_text(json.dumps(sizes), encoding="utf-8")
+        settings, overrides = settings_of(case, Path(folder), folder, on_gpu=True)
+        Path(folder, "step.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+        config = load_config(Path(folder, "step.yaml"), overrides)
+        shape, longest = read_shape(config.model), Longest(case.prompt, case.completion)
+        return choose_sizes(shape, config, find_device(card, host_gib=128), longest=longest).plan
 
 
 if __name__ == "__main__":

@@ -240,6 +240,15 @@ class StoreWorker(Worker):
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager:
         return nullcontext() if tag == "weights" else super()._maybe_get_memory_pool_context(tag)
 
+    def sleep(self, level: int = 1) -> None:
+        """vLLM asserts at the end that the device has more free memory than before, which another process on the card
+        may just have taken."""
+        try:
+            super().sleep(level)
+        except AssertionError as error:
+            if "increased after sleeping" not in str(error):
+                raise
+
     def policy_stacks(self, rank: int) -> dict[str, Stacks]:
         """Make the policy's adapter known, active and empty; returns the buffers that hold it, by layer."""
         manager = self.model_runner.lora_manager

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -670,6 +671,33 @@ def test_what_a_run_took_is_put_beside_its_plan(tmp_path: Path, monkeypatch: pyt
         assert one["device"] == pytest.approx(sum(found["items"][phase].values()), abs=0.02)
         assert one["allocated"] < one["reserved"] < one["device"]
     json.dumps(found)
+
+
+def test_configurations_run_at_once_as_far_as_the_card_holds_them() -> None:
+    room, events = plan_peaks.Room(10.0), []
+
+    def late(gib: float) -> None:
+        with room.lent(gib):
+            events.append(gib)
+
+    with room.lent(4), room.lent(6):
+        waiting = [threading.Thread(target=late, args=(gib,)) for gib in (1.0, 50.0)]
+        for thread in waiting:
+            thread.start()
+        waiting[0].join(0.2)
+        assert events == []
+    for thread in waiting:
+        thread.join(10)
+    assert sorted(events) == [1.0, 50.0], "more than all there is means alone"
+
+
+def test_a_checkpoint_that_cannot_be_made_is_said_and_not_waited_for(tmp_path: Path) -> None:
+    plan_peaks.make_checkpoint(("tiny", "bf17", 64), tmp_path / "tiny")
+    with pytest.raises(RuntimeError, match=r"(?s)no checkpoint tiny: .*invalid choice: 'bf17'"):
+        plan_peaks.wait_for(tmp_path / "tiny")
+    plan_peaks.make_checkpoint(("tiny", "bf16", 64), tmp_path / "whole")
+    plan_peaks.wait_for(tmp_path / "whole")
+    assert (tmp_path / "whole" / "model.safetensors").is_file()
 
 
 def test_plan_peaks_runs_where_there_is_no_gpu(tmp_path: Path) -> None:
