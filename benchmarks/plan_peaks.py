@@ -12,7 +12,7 @@ auto), which would fill any card: a configuration keeps them all or none.
 Compared are, for each phase:
 
 - reserved: the plan's peak without context, libraries and CUDA graphs, against the most that PyTorch's allocator held;
-- allocated: the same without the plan's "allocator's reserve", against the most that tensors held.
+- peak_allocated: the same without the plan's "allocator's reserve", against the most that tensors held.
 
 vLLM's KV pool counts while it is awake, and not while it sleeps. Both are figures of one process, so several
 configurations run at once (`--together`, as many as the card holds); their seconds say nothing then. What PyTorch does
@@ -43,7 +43,6 @@ from typing import Any
 import grpo_step
 from update import GIB, RESULTS, header, lines_of, result_path, store
 
-RESERVE = "allocator's reserve"
 LIMIT = 10.0
 # Of a card, what configurations may need together by their plans.
 USED = 0.9
@@ -261,7 +260,7 @@ def percent(predicted: float, measured: float) -> float | None:
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """How many peaks were compared and are within the limit, and the worst."""
     found: dict[str, Any] = {"configurations": len(rows), "failed": sum(bool(one["error"]) for one in rows)}
-    for kind in ("reserved", "allocated", "device"):
+    for kind in ("reserved", "peak_allocated", "device"):
         by_phase = {
             (one["name"], phase): of_phase[kind]
             for one in rows
@@ -279,7 +278,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Reserved, then allocated; host memory where some is taken."""
-    kinds = ("reserved", "allocated")
+    kinds = ("reserved", "peak_allocated")
     print("| configuration | phase | " + " | ".join(f"{kind}: predicted | measured | error" for kind in kinds) + " |")
     print("|---" * (2 + 3 * len(kinds)) + "|")
     for one in sorted(rows, key=lambda row: row["case"]):
@@ -371,15 +370,11 @@ def compared(run: Any, measured: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Predicted, and beside it what was measured by phase, in GiB."""
     # The largest pack is tried first, and need not come in these steps.
     update = {kind: max(measured[p][kind] for p in ("update", "trial")) for kind in measured["update"]}
-    by_phase = {"update": update, "rollout": measured["rollout"]}
     plan = plan_of(run.config, run.inputs.data)
     host = {"predicted": round(sum(plan.host.values()) / GIB, 3), "measured": round(run.lm.fused.host_bytes / GIB, 3)}
     return {
         "predicted_gib": predictions(plan),
-        "measured_gib": {
-            phase: {"allocated": one["peak_allocated"], "reserved": one["reserved"], "device": one["device"]}
-            for phase, one in by_phase.items()
-        },
+        "measured_gib": {"update": update, "rollout": measured["rollout"]},
         "kv_pool_gib": round(run.engine.asleep_bytes / GIB, 3),
         "host_gib": host if any(host.values()) else None,
         **facts_of(plan),
@@ -397,17 +392,9 @@ def plan_of(config: Any, data: Any) -> Any:
 
 
 def predictions(plan: Any) -> dict[str, dict[str, float]]:
-    """GiB by phase: of tensors, with the allocator's reserve, and with context and libraries."""
-    return {"update": _sums(plan.training().items), "rollout": _sums(plan.rollout().items)}
-
-
-def _sums(items: dict[str, int]) -> dict[str, float]:
-    from tandem.rl.plan import OUTSIDE
-
-    everything = sum(items.values())
-    reserved = everything - sum(items.get(name, 0) for name in OUTSIDE)
-    sizes = {"allocated": reserved - items[RESERVE], "reserved": reserved, "device": everything}
-    return {name: round(size / GIB, 3) for name, size in sizes.items()}
+    """GiB by phase and kind."""
+    phases = {"update": plan.training(), "rollout": plan.rollout()}
+    return {name: {kind: round(size / GIB, 3) for kind, size in phase.sizes.items()} for name, phase in phases.items()}
 
 
 def facts_of(plan: Any) -> dict[str, Any]:

@@ -274,7 +274,8 @@ def _train(
         finished = trainer.fit()
         elapsed = time.perf_counter() - started
         if finished:
-            memory = _memory(trainer.memory, planned_memory(config, longest_sequence(config, inputs.data)))
+            planned = planned_memory(config, engine.name, longest_sequence(config, inputs.data))
+            memory = _memory(trainer.memory, planned)
             trackers.summary(_summary(config, run_dir, state) | memory)
     engine.close()
     if not finished:
@@ -355,7 +356,7 @@ def _summary(config: Config, run_dir: Path, state: State) -> dict[str, Any]:
     }
 
 
-def _memory(measured: MemoryMeter, planned: dict[str, float]) -> dict[str, Any]:
+def _memory(measured: MemoryMeter, planned: dict[str, dict[str, float]]) -> dict[str, Any]:
     """The highest that each phase took of a GPU, and what the plan says, in GiB; nothing on a CPU."""
     found = measured.summary()
     return {"memory": {"measured": found, "planned": planned}} if found else {}

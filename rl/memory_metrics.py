@@ -8,10 +8,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from tandem.rl import distributed
 from tandem.rl.config import Config
 from tandem.rl.errors import UserError
-from tandem.rl.plan import Longest, ledger
-from tandem.rl.plan_devices import gpu_here
+from tandem.rl.plan import Longest, Phase, changed, ledger
+from tandem.rl.plan_devices import Device, local_device
 from tandem.rl.plan_shape import read_shape
 
 _GIB = 1 << 30
@@ -101,19 +102,24 @@ class MemoryMeter:
         }
 
 
-def planned_memory(config: Config, longest: Longest) -> dict[str, float]:
-    """What the plan says of the phases on the GPU that is here, in GiB; empty without one, or without a plan.
+def planned_memory(
+    config: Config, engine: str, longest: Longest, device: Device | None = None
+) -> dict[str, dict[str, float]]:
+    """What the plan says of the phases, in GiB, as `MemoryMeter.summary` has what was measured; empty without a GPU, or
+    without a plan. Projections that are kept because memory is left are a part of the update.
 
     Args:
-        config: with the sizes that the run has.
+        config: with the sizes that the run has. engine: the one that it has. device: None: the card that is here.
     """
-    device = gpu_here()
     if device is None:
-        return {}
+        if not torch.cuda.is_available():
+            return {}
+        device = local_device(index=distributed.local_rank())
     try:
-        plan = ledger(read_shape(config.model), config, device, longest)
+        plan = ledger(read_shape(config.model), changed(config, {"rollout": {"engine": engine}}), device, longest)
     except UserError:
         return {}
-    rollout = plan.rollout()
-    phases = {"update": plan.training().bytes} | ({} if rollout is None else {"rollout": rollout.bytes})
-    return {phase: round(size / _GIB, 3) for phase, size in phases.items()}
+    phases = {"update": Phase(plan.training().items | {"projections kept": plan.spare[1]})}
+    if (rollout := plan.rollout()) is not None:
+        phases["rollout"] = rollout
+    return {name: {kind: round(size / _GIB, 3) for kind, size in phase.sizes.items()} for name, phase in phases.items()}

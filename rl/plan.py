@@ -40,6 +40,8 @@ ASSUMED_PROMPT = 1024
 MAX_TOKENS = default_max_tokens("cuda")
 # What PyTorch's allocator does not hold.
 OUTSIDE = ("CUDA context and libraries", "CUDA graphs")
+# What it holds beside tensors.
+RESERVE = "allocator's reserve"
 # Lengths are searched for up to here, and found to this step.
 _LONGEST, _STEP = 1 << 22, 64
 
@@ -60,6 +62,14 @@ class Phase:
     @property
     def bytes(self) -> int:
         return sum(self.items.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes by the names that measured ones have (`memory_metrics.Reading`): of tensors, of PyTorch's allocator, of
+        the device."""
+        reserved = self.bytes - sum(self.items.get(name, 0) for name in OUTSIDE)
+        allocated = reserved - self.items.get(RESERVE, 0)
+        return {"peak_allocated": allocated, "reserved": reserved, "device": self.bytes}
 
 
 @dataclass
@@ -333,7 +343,7 @@ def _work(shape: ModelShape, config: Config, setup: Setup, longest: Longest | No
 
 def _phase(items: Items) -> Phase:
     allocated = sum(size for name, size in items.items() if name not in OUTSIDE)
-    return Phase({n: b for n, b in items.items() if b} | {"allocator's reserve": int(FRAGMENTATION * allocated)})
+    return Phase({n: b for n, b in items.items() if b} | {RESERVE: int(FRAGMENTATION * allocated)})
 
 
 def _longest(fits: Callable[[int], bool]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from tandem.rl.config import Config
 from tandem.rl.console import Console
 from tandem.rl.errors import UserError
-from tandem.rl.plan import Ledger, Longest, changed
+from tandem.rl.plan import RESERVE, Ledger, Longest, changed
 from tandem.rl.plan_changes import Change, smallest_card, smallest_change, try_changes
 from tandem.rl.plan_devices import GIB, Device, find_device, local_device
 from tandem.rl.plan_engine import engine_of_auto
@@ -158,7 +158,7 @@ def _memory_rows(plan: Ledger) -> list[tuple[str, str, str]]:
     names = sorted(
         {**first, **second}, key=lambda n: ((n in first) + (n in second) < 2, n in second and n not in first)
     )
-    names = [n for n in names if n != "allocator's reserve"] + ["allocator's reserve"]
+    names = [n for n in names if n != RESERVE] + [RESERVE]
     rows = [(name, _gib(first.get(name)), _gib(second.get(name))) for name in names]
     rows.append(("all", _gib(None if rollout is None else rollout.bytes), _gib(plan.training().bytes)))
     rows.append(("of", *(f"{plan.device.memory_gib:.2f}",) * 2))

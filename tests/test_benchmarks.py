@@ -620,15 +620,22 @@ def test_faults_count_where_their_test_passed():
 def test_peaks_are_compared_like_with_like() -> None:
     """The allocator's peaks with the plan's but for what the allocator does not hold, in percent of the measured."""
     plan = {"CUDA context and libraries": GIB, "weights": 4 * GIB, "KV cache": 4 * GIB, "allocator's reserve": GIB // 2}
-    sums = plan_peaks._sums(plan)
-    assert sums == {"allocated": 8, "reserved": 8.5, "device": 9.5}
-    measured = {"update": {"allocated": 7.5, "reserved": 10.0}, "rollout": {"allocated": 8.0, "reserved": 8.5}}
+    from tandem.rl.plan import Phase
+
+    phase = SimpleNamespace(training=lambda: Phase(plan), rollout=lambda: Phase(plan | {"CUDA graphs": GIB}))
+    predicted = plan_peaks.predictions(phase)
+    assert predicted["update"] == {"peak_allocated": 8, "reserved": 8.5, "device": 9.5}
+    assert predicted["rollout"] == {"peak_allocated": 8, "reserved": 8.5, "device": 10.5}
+    measured = {
+        "update": {"peak_allocated": 7.5, "reserved": 10.0},
+        "rollout": {"peak_allocated": 8.0, "reserved": 8.5},
+    }
     row = {"case": 0, "name": "one", "error": None, "measured_gib": measured}
-    row["predicted_gib"] = {"update": sums, "rollout": sums}
+    row["predicted_gib"] = predicted
     row |= plan_peaks.errors(row)
     assert row["error_percent"] == {
-        "update": {"allocated": 6.7, "reserved": -15.0},
-        "rollout": {"allocated": 0.0, "reserved": 0.0},
+        "update": {"peak_allocated": 6.7, "reserved": -15.0},
+        "rollout": {"peak_allocated": 0.0, "reserved": 0.0},
     }
     failed = {"case": 1, "name": "two", "error": "out of memory"}
     found = plan_peaks.summary([row, failed | plan_peaks.errors(failed)])
@@ -662,14 +669,16 @@ def test_what_a_run_took_is_put_beside_its_plan(tmp_path: Path, monkeypatch: pyt
         lm=SimpleNamespace(fused=SimpleNamespace(host_bytes=19 * GIB)),
     )
     found = plan_peaks.compared(run, peaks)
-    assert found["measured_gib"]["update"] == {"allocated": 9, "reserved": 10, "device": 50}, "the trial's, the higher"
-    assert found["measured_gib"]["rollout"]["allocated"] == 12
+    assert found["measured_gib"]["update"] == {"peak_allocated": 9, "reserved": 10, "device": 50}, (
+        "the trial's, the higher"
+    )
+    assert found["measured_gib"]["rollout"]["peak_allocated"] == 12
     assert found["pack_tokens"] == case.prompt + case.completion
     assert found["host_gib"]["predicted"] == pytest.approx(19, rel=0.05)
     assert (found["host_gib"]["measured"], found["kv_pool_gib"]) == (19, 5)
     for phase, one in found["predicted_gib"].items():
         assert one["device"] == pytest.approx(sum(found["items"][phase].values()), abs=0.02)
-        assert one["allocated"] < one["reserved"] < one["device"]
+        assert one["peak_allocated"] < one["reserved"] < one["device"]
     json.dumps(found)
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from plan_config import config_of
 
-from tandem.rl.memory_metrics import MemoryMeter, Reading
+from tandem.rl.memory_metrics import MemoryMeter, Reading, planned_memory
+from tandem.rl.plan import Longest, changed, ledger
+from tandem.rl.plan_devices import find_device
+from tandem.rl.plan_shape import read_shape
 
 GIB = 1 << 30
 
@@ -51,3 +55,23 @@ def test_a_phase_that_fails_is_not_counted_and_a_cpu_counts_nothing() -> None:
     with silent.phase("update"):
         pass
     assert silent.lap() == silent.summary() == {}
+
+
+def test_the_plan_is_put_beside_it_under_the_same_names() -> None:
+    """For the engine that the run has, which `auto` does not say, with what is kept because memory is left."""
+    config = config_of(
+        model={"model_name_or_path": "Qwen/Qwen3-0.6B"}, rollout={"engine": "auto"}, train={"max_tokens": 8192}
+    )
+    card, longest = find_device("h100"), Longest(512, 512)
+    planned = planned_memory(config, "vllm", longest, card)
+    assert planned.keys() == {"update", "rollout"}
+    for one in planned.values():
+        assert tuple(one) == Reading._fields
+        assert one["peak_allocated"] < one["reserved"] < one["device"]
+    plan = ledger(read_shape(config.model), changed(config, {"rollout": {"engine": "vllm"}}), card, longest)
+    layers, kept = plan.spare
+    assert layers == 28
+    assert planned["update"]["device"] == pytest.approx((plan.training().bytes + kept) / GIB, abs=1e-3)
+    other = planned_memory(config, "transformers", longest, card)
+    assert other["rollout"]["device"] != planned["rollout"]["device"]
+    assert planned_memory(config, "vllm", longest) == {}, "no card is here"
