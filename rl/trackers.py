@@ -30,6 +30,7 @@ from tandem.rl.watch_alerts import Alert
 Warn = Callable[[str], None]
 
 _QUEUE_LIMIT = 10_000  # calls that may wait for wandb; beyond that they are left out of the tracker
+_GREETING = 5.0  # seconds for wandb to come up and say where its run is, ahead of the first step
 
 
 class Trackers:
@@ -43,7 +44,8 @@ class Trackers:
             continued. None: a fresh run.
         warn: told once about each kind of trouble; None: printed to stderr.
         wandb: a module to use in place of the installed `wandb`.
-        timeout: seconds that the start waits for wandb to come up, and `close` for it to send what is left.
+        timeout: seconds that wandb has to come up before the run is kept offline, and `close` waits for it to send what
+            is left.
 
     Raises:
         UserError: wandb is configured and not installed, or the run is fresh and the folder already has metrics.
@@ -152,12 +154,13 @@ class _Wandb:
         started = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(started,), name="wandb", daemon=True)
         self._thread.start()
-        # Waiting keeps wandb's own greeting, with the address of the run, ahead of the first step.
-        if not started.wait(2 * timeout):
+        patience = min(timeout, _GREETING)
+        if not started.wait(patience):
             self._trouble(
                 "slow start",
-                f"wandb has not started within {2 * timeout:.0f} s; training goes on without waiting for it",
+                f"wandb has not started within {patience:.0f} s; training goes on, and wandb gets the records later",
             )
+        self._started = started
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._put(lambda: self._run.log(metrics, step=step))
@@ -181,11 +184,13 @@ class _Wandb:
         # The thread takes the end mark last; with a full queue behind a stuck call nothing can be put or waited for.
         with contextlib.suppress(queue.Full):
             self._calls.put_nowait(None)
-            self._thread.join(self._timeout)
+            # A run that was shorter than wandb's start: online it may give up after `timeout`, and then starts offline.
+            patience = self._timeout if self._started.is_set() else 3 * self._timeout
+            self._thread.join(patience)
         if self._thread.is_alive():
             self._trouble(
                 "unsent",
-                f"wandb has not sent everything within {self._timeout:.0f} s; metrics.jsonl is complete, and "
+                f"wandb has not sent everything within {patience:.0f} s; metrics.jsonl is complete, and "
                 f"`wandb sync` can send what lies in {self._run_dir / 'wandb'}",
             )
 

@@ -150,15 +150,25 @@ def test_what_is_no_secret_passes() -> None:
     assert parse_config(raw).rewards.reward_funcs[0].kwargs == kwargs
 
 
+WANDB = ["log.report_to=wandb", "log.wandb_mode=offline"]
+
+
 def test_secrets_of_the_environment_reach_no_file_and_no_screen(tmp_path: Path, monkeypatch) -> None:
     config = write_place(tmp_path)
     names = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "MY_OWN"]
     for name in names:
         monkeypatch.setenv(name, f"VERY-SECRET-{name}")
     monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
-    code, said = rl_train("run", config, "train.max_steps=2")
-    assert code == 0, said
+    done = subprocess.run(
+        [sys.executable, "-m", "tandem.rl.cli", "run", config, "train.max_steps=2", *WANDB],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert any(p.suffix == ".wandb" for p in files)
     assert {"report.html", "config.yaml", "journal.jsonl", "metrics.jsonl", "adapter_config.json"} <= {
         p.name for p in files
     }

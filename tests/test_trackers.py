@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -449,6 +451,39 @@ assert not said, said
     content = files[0].read_bytes()
     assert b"score_after" in content
     assert b"completions" in content
+
+
+def test_real_wandb_without_its_server(tmp_path):
+    """The run goes on while wandb still tries, and what was recorded until it gives up is in the offline run too."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(100)  # connections are taken by the system, and nobody ever answers them
+        program = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import test_trackers as t
+said = []
+with t.Trackers(t.wandb_config(), Path({str(tmp_path)!r}), warn=said.append, timeout=6.0) as trackers:
+    first = list(said)
+    for step in range(1, 21):
+        trackers.log(step, {{f"value_{{step}}": 1.0}})
+    trackers.summary({{"score_after": 1.0}})
+assert ["not started within 5 s" in text for text in first] == [True], first
+assert len(said) == 2 and "cannot be reached" in said[1] and "kept offline" in said[1], said
+"""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+        environment |= {"WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}", "WANDB_API_KEY": "a" * 40}
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False, env=environment
+        )
+    assert done.returncode == 0, done.stderr
+    assert len(strict_lines(tmp_path / "metrics.jsonl")) == 20
+    identity = json.loads((tmp_path / "wandb_run.json").read_text())["id"]
+    (kept,) = (tmp_path / "wandb").glob(f"offline-run-*-{identity}/*.wandb")
+    content = kept.read_bytes()
+    assert not [step for step in range(1, 21) if f"value_{step}".encode() not in content]
+    assert b"score_after" in content
 
 
 # --- journal
