@@ -427,7 +427,7 @@ def needed(number: int, total_gib: float) -> float:
 def plan_on(case: Case, card: str) -> Any:
     """The plan of a configuration with the sizes that it gets on a card; nothing of its checkpoint is needed."""
     import yaml
-    from random_checkpoint import CONFIGS
+    from random_checkpoint import SHAPES
 
     from tandem.rl.config_file import load_config
     from tandem.rl.plan import Longest
@@ -436,7 +436,7 @@ def plan_on(case: Case, card: str) -> Any:
     from tandem.rl.plan_sizing import choose_sizes
 
     with tempfile.TemporaryDirectory() as folder:
-        sizes = CONFIGS[case.shape] | {"max_position_embeddings": case.context}
+        sizes = SHAPES[case.shape] | {"max_position_embeddings": case.context}
         if case.stored == "nf4":
             sizes["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
         Path(folder, "config.json").write_text(json.dumps(sizes), encoding="utf-8")

@@ -19,19 +19,14 @@ _TINY = {
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
 }  # fmt: skip
 # transformers' config of each; tiny is for trying a benchmark out on a CPU.
-CONFIGS: dict[str, dict[str, Any]] = {name.partition("/")[2].lower(): sizes for name, sizes in MODELS.items()}
-CONFIGS["tiny"] = MODELS["Qwen/Qwen3-0.6B"] | _TINY
-# Of Qwen3's untied shapes what rollout.py builds a config of.
-_OWN = ("model_type", "tie_word_embeddings", "max_position_embeddings")
-SHAPES = {
-    name: {key: value for key, value in CONFIGS[name].items() if key not in _OWN} for name in ("qwen3-8b", "qwen3-32b")
-}
+SHAPES: dict[str, dict[str, Any]] = {name.partition("/")[2].lower(): sizes for name, sizes in MODELS.items()}
+SHAPES["tiny"] = MODELS["Qwen/Qwen3-0.6B"] | _TINY
 LONGEST = 1 << 20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=CONFIGS)
+    parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("target", type=Path)
     parser.add_argument("--dtype", choices=["nf4", "bf16"], default="nf4")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
@@ -41,27 +36,36 @@ def main() -> None:
         make(arguments.shape, arguments.target, arguments.dtype, arguments.layers, arguments.context)
 
 
-def make(shape: str, target: Path, dtype: str, layers: int | None, context: int = LONGEST) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+def make(shape: str, target: Path, dtype: str, layers: int | None, context: int) -> None:
+    from transformers import BitsAndBytesConfig
 
-    sizes = CONFIGS[shape] | ({} if layers is None else {"num_hidden_layers": layers})
-    made = {"max_position_embeddings": context, "rope_theta": 1e6, "dtype": "bfloat16"}
-    config = AutoConfig.for_model(**(sizes | made))
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config)
-    torch.set_default_dtype(torch.float32)
+    model = build(shape, layers, context)
     if dtype == "nf4":
         quantise(model)
         model.config.quantization_config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=model.dtype,
         )
     model.save_pretrained(target, max_shard_size="4GB")
-    tokenizer(config.vocab_size).save_pretrained(target)
+    tokenizer(model.config.vocab_size).save_pretrained(target)
+
+
+def build(shape: str, layers: int | None, context: int) -> Any:
+    """The model in bfloat16, on a GPU if there is one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
+    made = {"max_position_embeddings": context, "rope_theta": 1e6, "dtype": "bfloat16"}
+    config = AutoConfig.for_model(**(sizes | made))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config)
+    torch.set_default_dtype(before)
+    return model
 
 
 def quantise(model) -> None:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from asked import PROMPT, prompts, questions
-from random_checkpoint import SHAPES
+from random_checkpoint import SHAPES, build
 from turns import Turn
 from update import GIB, RESULTS, TARGETS, command_line, device_facts, header, result_path, store
 
@@ -204,19 +204,11 @@ def say(system: str, arguments: argparse.Namespace, **values: Any) -> None:
 def make_checkpoint(arguments: argparse.Namespace) -> None:
     """A random bfloat16 checkpoint; the tokens do not need a tokenizer."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     if not arguments.shape:
         raise SystemExit("there is no config.json, and no --shape to make one of")
-    sizes = dict(SHAPES[arguments.shape])
-    sizes["num_hidden_layers"] = arguments.layers or sizes["num_hidden_layers"]
-    config = Qwen3Config(**sizes, max_position_embeddings=32768, rope_theta=1e6, tie_word_embeddings=False)
-    config.dtype = torch.bfloat16
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = Qwen3ForCausalLM(config)
-    model.save_pretrained(arguments.model, max_shard_size="4GB")
+    build(arguments.shape, arguments.layers, context=32768).save_pretrained(arguments.model, max_shard_size="4GB")
 
 
 class Stock:

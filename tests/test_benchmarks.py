@@ -654,7 +654,7 @@ def test_what_a_run_took_is_put_beside_its_plan(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(plan_devices, "local_device", lambda: plan_devices.find_device("h200", host_gib=64))
     case = plan_peaks.CASES[1]
-    (tmp_path / "config.json").write_text(json.dumps(module("random_checkpoint").CONFIGS["qwen3-8b"]))
+    (tmp_path / "config.json").write_text(json.dumps(module("random_checkpoint").SHAPES["qwen3-8b"]))
     settings, overrides = plan_peaks.settings_of(case, tmp_path, str(tmp_path), on_gpu=True)
     (tmp_path / "step.yaml").write_text(json.dumps(settings))
     config = load_config(tmp_path / "step.yaml", overrides)
