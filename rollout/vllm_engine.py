@@ -323,9 +323,9 @@ def engine_arguments(
         "max_num_seqs": options.max_num_seqs,
         "kv_cache_dtype": options.kv_cache_dtype,
         "kv_cache_memory_bytes": cache_bytes,
-        # Only checked against what is free, of which another process may take a part meanwhile: the KV cache's size is
-        # given.
-        "gpu_memory_utilization": 0.5 * free_share(device),
+        # Only checked against what is free, of which another process may take most meanwhile: the KV cache's size is
+        # given, and our own sizes are what fits.
+        "gpu_memory_utilization": 0.1 * free_share(device),
         "enable_sleep_mode": True,
         "logprobs_mode": "processed_logprobs",
         "seed": 0,
