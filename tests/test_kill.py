@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_server import RunServer
-from tiny_run import outcome, write_place
+from tiny_run import outcome, write_lines, write_place
 
 from tandem.rl.checkpoint import damage
 from tandem.rl.rollout_journal import read_journal
@@ -25,20 +27,30 @@ KILLS = int(os.environ.get("TANDEM_KILLS", "7"))
 class Reference:
     """A run that came to its end undisturbed, and how often and how long it touches files."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.server = folder, RunServer(folder)
+    def __init__(self, folder: Path, server: RunServer, *options: str) -> None:
+        self.folder, self.server, self.options = folder, server, options
         self.config = write_place(folder)
-        code, said = self.server.run("run", self.config, count=str(folder / "touches.txt"))
+        write_lines(
+            folder / "pairs.jsonl", [{"prompt": f"w{i}", "chosen": " w1", "rejected": " w30"} for i in range(8)]
+        )
+        code, said = self.run("run", count=str(folder / "touches.txt"))
         assert code == 0, said
         self.outcome = outcome(folder / "runs" / "run")
-        self.rollouts = [[row.text for row in r.rows] for r in read_journal(folder / "runs" / "run")]
+        self.rollouts = self.journalled(folder / "runs" / "run")
         self.touches = [line.split(" ", 2) for line in (folder / "touches.txt").read_text().splitlines()]
+
+    def run(self, name: str, **job: Any) -> tuple[int, str]:
+        return self.server.run("run", self.config, f"run_name={name}", *self.options, **job)
+
+    @staticmethod
+    def journalled(run: Path) -> list[list[str]]:
+        return [[row.text for row in r.rows] for r in read_journal(run)] if (run / "journal.jsonl").exists() else []
 
     def check_killed(self, run: Path) -> None:
         """What a killed run left: everything that has the name of something whole is whole."""
         for checkpoint in (run / "checkpoints").glob("step_*"):
             assert damage(checkpoint) is None, checkpoint
-        rollouts = [[row.text for row in r.rows] for r in read_journal(run)] if (run / "journal.jsonl").exists() else []
+        rollouts = self.journalled(run)
         assert rollouts == self.rollouts[: len(rollouts)]
         for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
             if (run / "adapter").exists():
@@ -56,10 +68,15 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory):
-    made = Reference(tmp_path_factory.mktemp("kill"))
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunServer]:
+    made = RunServer(tmp_path_factory.mktemp("server"))
     yield made
-    made.server.close()
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, server: RunServer) -> Reference:
+    return Reference(tmp_path_factory.mktemp("kill"), server)
 
 
 def moments() -> list[tuple[str, float]]:
@@ -77,7 +94,7 @@ def test_killed_and_resumed_is_as_undisturbed(reference: Reference, kind: str, s
         moment = {"kill_at": 1 + int(share * len(touches))}
     else:
         moment = {"kill_after": share * float(touches[-1][0])}
-    code, said = reference.server.run("run", reference.config, f"run_name={run.name}", **moment)
+    code, said = reference.run(run.name, **moment)
     assert code == -9 or kind == "time", said
     if code == -9:
         reference.check_killed(run)
@@ -92,7 +109,7 @@ def test_killed_again_and_again(reference: Reference) -> None:
     run = reference.folder / "runs" / "again"
     # Resumed runs draw no charts here.
     step = max(len([touch for touch in reference.touches if "/report" not in touch[2]]) // 5, 1)
-    code, said = reference.server.run("run", reference.config, f"run_name={run.name}", kill_at=step)
+    code, said = reference.run(run.name, kill_at=step)
     attempts = 0
     while code == -9:
         reference.check_killed(run)
@@ -101,3 +118,30 @@ def test_killed_again_and_again(reference: Reference) -> None:
     assert code == 0, said
     assert attempts >= 3
     reference.check_resumed(run)
+
+
+# Runs of other kinds than `tiny_run`'s.
+SUPERVISED = ["eval.dataset_name=null", "warmup.max_steps=0", "train.per_device_train_batch_size=3"]
+KINDS = {
+    "online_dpo": ["algorithm.name=online_dpo", "train.steps_per_generation=1", "parity.action='off'"],
+    "dpo": ["algorithm.name=dpo", "data.dataset_name=pairs.jsonl", *SUPERVISED],
+    "sft": ["algorithm.name=sft", "data.dataset_name=examples.jsonl", *SUPERVISED],
+    "no journal": ["checkpoint.journal=false"],
+    "dropout, twice": ["lora.lora_dropout=0.2", "algorithm.num_iterations=2", "optim.lr_scheduler_type=cosine"],
+}
+
+
+@pytest.mark.injects(3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_of_any_kind(tmp_path: Path, server: RunServer, kind: str) -> None:
+    reference = Reference(tmp_path, server, *KINDS[kind])
+    draw = random.Random(kind)
+    for third in range(3):
+        run = tmp_path / "runs" / f"killed_{third}"
+        share = (third + draw.random()) / 3
+        code, said = reference.run(run.name, kill_at=1 + int(share * len(reference.touches)))
+        assert code == -9, said
+        reference.check_killed(run)
+        code, said = server.run("resume", run, no_report=True)
+        assert code == 0, said
+        reference.check_resumed(run)
