@@ -1,6 +1,7 @@
 """Counts what the tests break, as their run reports it: inputs that are tried and faults that are injected.
 
-    python benchmarks/robustness.py            # runs the tests that break something; minutes
+    python benchmarks/robustness.py            # runs the tests that break something, a quarter of an hour
+    python benchmarks/robustness.py --kills 7  # kills a run of the tests' own at 7 moments instead of 50
     python benchmarks/robustness.py --xml FILE # takes the numbers of a run that was made with --junitxml
 
 A fault counts if its test passed. Faults are numbers that tests are marked with (`@pytest.mark.injects(n)`, see
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -38,14 +40,15 @@ NAMES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="moments at which `tests/test_kill.py` kills a run")
     parser.add_argument("--xml", type=Path, help="a report that pytest has written")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = arguments.xml or run(Path(folder) / "report.xml")
+        report = arguments.xml or run(Path(folder) / "report.xml", arguments.kills)
         result = counted(ET.parse(report).getroot())
     result["versions"] = {"python": platform.python_version()}
-    result["command"] = "python benchmarks/robustness.py"
+    result["command"] = " ".join(["python benchmarks/robustness.py", *sys.argv[1:]])
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     target = arguments.results / f"robustness-cpu-{today}.json"
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -57,10 +60,10 @@ def main() -> None:
     print(json.dumps(result, indent=1))
 
 
-def run(report: Path) -> Path:
+def run(report: Path, kills: int) -> Path:
     """The tests that break something; what they report."""
-    tests = [f"tests/test_{name}.py" for name in FILES]
-    subprocess.run([sys.executable, "-m", "pytest", *tests, f"--junitxml={report}"], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "pytest", *(f"tests/test_{name}.py" for name in FILES), f"--junitxml={report}"]
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "TANDEM_KILLS": str(kills)})
     return report
 
 
