@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -79,18 +80,36 @@ def test_yaml_builds_no_objects(tmp_path: Path) -> None:
     assert not target.exists()
 
 
-def test_foreign_code_is_off_unless_asked_for(tmp_path: Path) -> None:
-    """A model that brings its own code is refused, and the code is not run."""
+FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
+    "model": (
+        "config.json",
+        {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}},
+    ),
+    "tokenizer": (
+        "tokenizer_config.json",
+        {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", "own.OwnTokenizer"]}},
+    ),
+}
+
+
+@pytest.mark.parametrize("part", FOREIGN)
+def test_foreign_code_is_off_unless_asked_for(tmp_path: Path, part: str) -> None:
+    """A model or tokenizer that brings its own code is refused, and the code is not run."""
     config = write_place(tmp_path)
-    target, model = tmp_path / "executed", tmp_path / "model"
-    (model / "own.py").write_text(f"open({str(target)!r}, 'w')\nclass C: pass\nclass M: pass\n")
-    shape = json.loads((model / "config.json").read_text())
-    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
-    (model / "config.json").write_text(json.dumps({**shape, **own}))
+    target, (name, own) = tmp_path / "executed", FOREIGN[part]
+    code = f"open({str(target)!r}, 'w')\nclass C: pass\nclass M: pass\nclass OwnTokenizer: pass\n"
+    (tmp_path / "model" / "own.py").write_text(code)
+    settings = json.loads((tmp_path / "model" / name).read_text())
+    (tmp_path / "model" / name).write_text(json.dumps({**settings, **own}))
     done = rl_train("run", config)
     assert done[0] == 2, done
     assert not target.exists()
     assert load_config(config).model.trust_remote_code is False
+    # Asked for, it runs: so it would have been seen above.
+    command = [sys.executable, "-m", "tandem.rl.cli", "run", config, "model.trust_remote_code=true"]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert target.exists()
 
 
 # --- secrets ----------------------------------------------------------------------------------------------------------
