@@ -443,6 +443,30 @@ def test_limits_on_turns_and_tokens(tokenizer):
     assert cut.num_sampled == 6
 
 
+def test_an_episode_beyond_its_time_has_no_further_turn(tokenizer, monkeypatch):
+    """Of a clock that every step of the environment puts forward by 100 seconds."""
+    late = 0.0
+
+    class Clock:
+        monotonic = staticmethod(lambda: time.monotonic() + late)
+
+    class Tedious(Echo):
+        def step(self, message: dict) -> tuple[str, bool, float]:
+            nonlocal late
+            late += 100
+            return super().step(message)
+
+    monkeypatch.setattr("tandem.rollout.episodes.time", Clock)
+    engine, rows = Script(tokenizer, count), [{"enough": 9}]
+    limits = {"size": 1, "max_turns": 9, "step_timeout": 10_000}
+    (group,) = play(tokenizer, engine, Environments({None: Tedious}), rows, episode_timeout=250, **limits)
+    episode = group.completions[0].episode
+    assert (episode.ending, episode.turns, episode.reward) == ("time", 3, 1.5)
+    assert tokenizer.decode(group.completions[0].ids).endswith("turn 3<|im_end|>")
+    (group,) = play(tokenizer, engine, Environments({None: Tedious}), rows, **limits)
+    assert group.completions[0].episode.turns == 9
+
+
 def test_the_engine_generates_for_ready_episodes_while_a_slow_environment_works(tokenizer):
     release, others = threading.Event(), []
 
