@@ -30,6 +30,7 @@ from tandem.rollout.environments import Environments, Step
 from tandem.rollout.episodes import EpisodeEngine, EpisodeLimits
 from tandem.rollout.stop_strings import StopStrings
 from tandem.rollout.tool_calls import ParsedTurn, parse_turn
+from tandem.rollout.tools import tools_of
 from tandem.rollout.transformers_engine import TransformersEngine
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<s>"]
@@ -467,6 +468,69 @@ def test_an_episode_beyond_its_time_has_no_further_turn(tokenizer, monkeypatch):
     assert group.completions[0].episode.turns == 9
 
 
+def double(number: int) -> int:
+    """Doubles a number.
+
+    Args:
+        number: what to double
+    """
+    if number == 13:
+        time.sleep(1.5)
+    return 2 * number
+
+
+def test_tools_need_no_environment(tokenizer):
+    """Rows have their own prompts; a tool that takes too long is an error that the model hears of, and it goes on."""
+
+    def line(text: str) -> str:
+        heard = text.count("<|im_start|>tool")
+        number = 13 if "unlucky" in text else 4
+        call = f'<tool_call>{{"name": "double", "arguments": {{"number": {number}}}}}</tool_call>'
+        return ("that is all" if heard else call) + "<|im_end|>"
+
+    environments = Environments({}, tools=[double])
+    assert environments.common_schemas == [t.schema for t in tools_of([double]).values()]
+    for word, answer in (("start", "8"), ("unlucky", "no result within 0.5 seconds")):
+        engine = Script(tokenizer, line)
+        (group,) = play(tokenizer, engine, environments, [{}], size=1, prompt=word, step_timeout=0.5)
+        assert '"name": "double"' in tokenizer.decode(group.prompt.ids)
+        episode = group.completions[0].episode
+        called, told, last = episode.messages
+        assert (called["role"], told["role"], last["content"]) == ("assistant", "tool", "that is all")
+        assert answer in told["content"]
+        assert (episode.ending, episode.turns, episode.calls) == ("done", 2, 1)
+        assert episode.failed_calls == (word == "unlucky")
+        assert episode.reward is None
+        assert episode.environment is None
+
+
+@pytest.mark.parametrize(
+    "observation",
+    [
+        "go on",
+        {"role": "user", "content": "go on"},
+        [{"role": "user", "content": "go on"}],
+    ],
+)
+def test_an_observation_is_a_text_a_message_or_messages(tokenizer, observation):
+    class Answering(Echo):
+        def reset(self) -> Any:  # type: ignore[override]
+            super().reset(2)
+            return [{"role": "system", "content": "rules"}, {"role": "user", "content": "begin"}]
+
+        def step(self, message: dict) -> Any:
+            self.heard.append(message)
+            return observation, len(self.heard) == 2
+
+    (group,) = play(tokenizer, Script(tokenizer, count), Environments({None: Answering}), [{}], size=1)
+    assert tokenizer.decode(group.prompt.ids).startswith(
+        "<|im_start|>system\nrules<|im_end|>\n<|im_start|>user\nbegin<|im_end|>\n"
+    )
+    assert tokenizer.decode(group.completions[0].ids) == (
+        "turn 1<|im_end|>\n<|im_start|>user\ngo on<|im_end|>\n<|im_start|>assistant\nturn 2<|im_end|>"
+    )
+
+
 def test_the_engine_generates_for_ready_episodes_while_a_slow_environment_works(tokenizer):
     release, others = threading.Event(), []
 
@@ -549,6 +613,21 @@ class Lost(Echo):
         return "higher"
 
 
+class Mumbling(Echo):
+    def step(self, message: dict) -> Any:
+        return ["higher", "lower"], False
+
+
+class Undecided(Echo):
+    def step(self, message: dict) -> Any:
+        return "higher", "no"
+
+
+class Confused(Echo):
+    def reset(self, enough: int) -> Any:  # type: ignore[override]
+        return 5
+
+
 class Vague(Echo):
     def step(self, message: dict) -> Any:
         return "higher", False, float("nan")
@@ -560,6 +639,9 @@ class Vague(Echo):
         (Raising, r"Raising.step raised KeyError: 'board' \(row 0, completion 0, turn 1\)"),
         (Wordless, "no observation"),
         (Lost, "not a Step"),
+        (Mumbling, "not messages"),
+        (Undecided, "'no' for done, not True or False"),
+        (Confused, "reset returned 5, not None, a text or messages"),
         (Vague, "not a finite number"),
     ],
 )
@@ -569,7 +651,7 @@ def test_faults_of_an_environment_are_named_or_end_their_episode(tokenizer, kind
         play(tokenizer, Script(tokenizer, count), Environments({None: kind}), rows)
     (group,) = play(tokenizer, Script(tokenizer, count), Environments({None: kind}), rows, stop_on_fault=False)
     assert [(c.episode.ending, c.episode.reward) for c in group.completions] == [("error", None)] * 2
-    assert all(c.num_sampled == 7 for c in group.completions)
+    assert all(c.num_sampled == (0 if kind is Confused else 7) for c in group.completions)
 
 
 def test_wrong_environments_are_refused(tokenizer):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -374,6 +378,47 @@ def test_the_default_rubric_shows_question_reply_and_reference(server: Server) -
     ask(make(server, rubric=None, scale=None), "four", prompt="2+2?")
     assert "reference_answer" not in server.seen[1][2]["messages"][0]["content"]
     assert by_pattern(DEFAULT_PATTERN)(DEFAULT_RUBRIC) is None  # a judge that repeats its orders gives no score
+
+
+def test_a_conversation_is_shown_with_its_roles(server: Server) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two and two?"}]
+    ask(make(server, rubric="{{ prompt }} -> {{ completion }}"), "4", prompt=chat)
+    ((_, _, body),) = server.seen
+    assert body["messages"][-1]["content"] == "system: Be brief.\n\nuser: Two and two? -> 4"
+
+
+def test_a_proxy_of_the_environment_is_used(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server stands for the proxy: it gets the whole address, and the login that the variable holds."""
+    monkeypatch.setenv("http_proxy", f"http://user:pass%20word@127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert values(ask(make(server, base_url="http://judge.invalid/v1"), "a")) == [1.0]
+    ((path, headers, _),) = server.seen
+    assert path == "http://judge.invalid:80/v1/chat/completions"
+    assert headers["Proxy-Authorization"] == "Basic " + base64.b64encode(b"user:pass word").decode()
+    assert headers["Host"].startswith("judge.invalid")
+    assert values(ask(make(server, cache=False), "b")) == [1.0]
+    assert server.seen[-1][0] == "/v1/chat/completions", "what no_proxy names is asked directly"
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes a certificate with openssl")
+def test_https_asks_only_servers_whose_certificate_is_trusted(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    url = f"https://localhost:{server.server_port}/v1"
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="certificate"):
+        ask(make(server, base_url=url, retries=0), "a")
+    assert server.seen == []
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert values(ask(make(server, base_url=url), "a")) == [1.0]
 
 
 @pytest.mark.parametrize(
