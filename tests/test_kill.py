@@ -120,12 +120,36 @@ def test_killed_again_and_again(reference: Reference) -> None:
     reference.check_resumed(run)
 
 
+GAME = """
+class Game:
+    def reset(self, secret):
+        self.secret, self.turns = secret, 0
+        return f"w{secret} w{secret + 1}"
+
+    def step(self, message):
+        self.turns += 1
+        return f"w{self.turns}", self.turns == 2, float(f"w{self.secret}" in message["content"]) + self.secret
+
+
+def games(split="train"):
+    return [{"secret": i} for i in range(6)]
+
+
+def seen(completions, environments, episodes):
+    return [e.turns + 0.1 * len(str(game.secret)) for e, game in zip(episodes, environments)]
+"""
+CHAT = "{% for m in messages %}w1 {{ m['content'] }} <eos> {% endfor %}{% if add_generation_prompt %}w2 {% endif %}"
+EPISODES = ["model.chat_template=chat.jinja", "data.dataset_name=game.py:games", "eval.dataset_name=null"]
+EPISODES += ["environment.factory=game.py:Game", "environment.max_turn_tokens=3", "rollout.max_completion_length=20"]
+EPISODES += ["rewards.reward_funcs=[environment, game.py:seen]", "warmup.max_steps=0"]
+
 # Runs of other kinds than `tiny_run`'s.
 SUPERVISED = ["eval.dataset_name=null", "warmup.max_steps=0", "train.per_device_train_batch_size=3"]
 KINDS = {
     "online_dpo": ["algorithm.name=online_dpo", "train.steps_per_generation=1", "parity.action='off'"],
     "dpo": ["algorithm.name=dpo", "data.dataset_name=pairs.jsonl", *SUPERVISED],
     "sft": ["algorithm.name=sft", "data.dataset_name=examples.jsonl", *SUPERVISED],
+    "episodes": EPISODES,
     "no journal": ["checkpoint.journal=false"],
     "dropout, twice": ["lora.lora_dropout=0.2", "algorithm.num_iterations=2", "optim.lr_scheduler_type=cosine"],
 }
@@ -134,6 +158,8 @@ KINDS = {
 @pytest.mark.injects(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_runs_of_any_kind(tmp_path: Path, server: RunServer, kind: str) -> None:
+    (tmp_path / "game.py").write_text(GAME)
+    (tmp_path / "chat.jinja").write_text(CHAT)
     reference = Reference(tmp_path, server, *KINDS[kind])
     draw = random.Random(kind)
     for third in range(3):
