@@ -67,13 +67,21 @@ class LoraLinear:
         if self.rank > total or len(branches) > 1 or any(one.b.shape[0] < out_features for one in branches):
             self._b.zero_()
             self._a[total:].zero_()
-        column = 0
+        self._a_parts, self._b_parts, column = [], [], 0
         for one in branches:
             stop = column + one.a.shape[0]
-            self._a[column:stop].copy_(one.a)
-            b = one.b.to(torch.promote_types(one.b.dtype, dtype))
-            torch.mul(b, one.scale, out=self._b[one.start : one.start + b.shape[0], column:stop])
+            self._a_parts.append(self._a[column:stop])
+            self._b_parts.append(self._b[one.start : one.start + one.b.shape[0], column:stop])
             column = stop
+        self.take_adapters()
+
+    def take_adapters(self) -> None:
+        """Copy the adapters as they are now, for the products from here on."""
+        if not self.branches:
+            return
+        wide = [one.b.to(torch.promote_types(one.b.dtype, self._b.dtype)) for one in self.branches]
+        torch._foreach_copy_(self._a_parts, [one.a for one in self.branches])
+        torch._foreach_copy_(self._b_parts, torch._foreach_mul(wide, [one.scale for one in self.branches]))
 
     def inputs(self, x: torch.Tensor | int) -> torch.Tensor:
         """`xs` `[N, in + rank]` for `x` `[N, in]`; for a number of rows, a buffer whose columns `:in` are to be filled,

@@ -31,7 +31,8 @@ def active_adapter(module: Any, refuse: Callable[[str, str], UserError]) -> Adap
     """
     if module.merged:
         raise refuse("has its adapter merged into the base weight", "an unmerged adapter")
-    active = [name for name in module.active_adapters if name in module.lora_A]
+    a, b = module.lora_A, module.lora_B
+    active = [name for name in module.active_adapters if name in a]
     if module.disable_adapters or not active:
         return None
     if len(active) > 1:
@@ -39,6 +40,6 @@ def active_adapter(module: Any, refuse: Callable[[str, str], UserError]) -> Adap
     name = active[0]
     if (rate := getattr(module.lora_dropout[name], "p", 0.0)) != 0:
         raise refuse(f"has lora_dropout {rate}", "lora.lora_dropout=0")
-    if name in getattr(module, "lora_variant", {}) or module.lora_B[name].bias is not None:
+    if name in getattr(module, "lora_variant", {}) or b[name].bias is not None:
         raise refuse("has a variant of LoRA or a bias in its adapter", "plain LoRA")
-    return Adapter(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
+    return Adapter(a[name].weight, b[name].weight, float(module.scaling[name]))

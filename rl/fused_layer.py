@@ -21,6 +21,7 @@ from tandem.rl.layer_ops import LoraGrads, rms_norm_backward, tiles
 from tandem.rl.layer_run import LayerRun, normed
 from tandem.rl.model import LanguageModel
 from tandem.rl.offload import HostStore, Store, fits, free_on, goes_to_host, layers_beside
+from tandem.rl.prepared_weights import KeptWeights
 
 # Rows that pass the MLP at a time, where nothing else is said.
 TILE_ROWS = 4096
@@ -82,6 +83,7 @@ class FusedLayers:
         self.host: HostStore | None = None
         self.near = Store()
         self.layers_kept = 0
+        self._weights = KeptWeights()
         self._lm: Any = None
         self._spec: ModelSpec | None = None
         if self.plan.tile_rows < 1:
@@ -124,9 +126,11 @@ class FusedLayers:
         if self._lm is not None:
             self._lm.fused = None
         self._lm, self._spec, self.host = None, None, None
+        self._weights = KeptWeights()
 
     def abandon(self) -> None:
-        """Let go of what the latest pack has left, which did not come to its end."""
+        """Let go of what the latest pack has left, which did not come to its end for want of memory."""
+        self._weights.stop()
         if self.host is not None:
             self.host.begin()
 
@@ -144,11 +148,13 @@ class FusedLayers:
         store, save = self._store_for(h, spec.num_layers, first)
         groups = plan.groups_for(h.shape[0], first.kv_heads)
         self.layers_kept = self._layers_to_keep(h, spec.num_layers, first) if torch.is_grad_enabled() else 0
+        kept = self._weights if self._weights.begin(first, spec.num_layers, h.dtype) else None
+        tiles_and_groups = {"tile_rows": plan.tile_rows, "groups": groups}
         for index in range(spec.num_layers):
             # Read as late as this, so that the device has work meanwhile.
             layer = spec.layer(index)
             keep = index >= spec.num_layers - self.layers_kept
-            run = LayerRun(layer, rope[layer.rope], layout, tile_rows=plan.tile_rows, groups=groups, keep=keep)
+            run = LayerRun(layer, rope[layer.rope], layout, **tiles_and_groups, keep=keep, kept=kept)
             parameters = layer.parameters
             if torch.is_grad_enabled() and (h.requires_grad or any(p.requires_grad for p in parameters)):
                 h = _LayerNode.apply(h, run, store, save, *parameters)

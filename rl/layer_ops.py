@@ -1,4 +1,4 @@
-"""What a decoder layer is computed with: its projections ready to multiply, and the kernels on a family's terms."""
+"""What a decoder layer is computed with: the kernels on a family's terms, and sums of its adapters' gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tandem.kernels import glu as kernels_glu
 from tandem.kernels import rms_norm as kernels_norm
-from tandem.kernels.lora_linear import Branch, LoraLinear
+from tandem.kernels.lora_linear import LoraLinear
 from tandem.kernels.reference import wide
 from tandem.kernels.rope import qk_norm_rope, qk_norm_rope_backward, rope_
 from tandem.rl.families import Block, Norm
@@ -17,37 +17,6 @@ from tandem.rl.families import Block, Norm
 _KINDS: dict[str, kernels_glu.Kind] = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh"}
 
 Rope = tuple[torch.Tensor, torch.Tensor]
-
-
-class Weights:
-    """A layer's projections in the compute type, each dequantised once and held until it is dropped."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._made: dict[Block, LoraLinear] = {}
-
-    def of(self, block: Block) -> LoraLinear:
-        if block not in self._made:
-            self._made[block] = _prepared(block, self.dtype)
-        return self._made[block]
-
-    def drop(self, *blocks: Block) -> None:
-        for block in blocks:
-            self._made.pop(block, None)
-
-
-def _prepared(block: Block, dtype: torch.dtype) -> LoraLinear:
-    starts = block.starts
-    branches = [
-        Branch(one.adapter.a.detach(), one.adapter.b.detach(), start, one.adapter.scale)
-        for one, start in zip(block.projections, starts, strict=True)
-        if one.adapter is not None
-    ]
-    device = block.projections[0].device
-    made = LoraLinear(*block.size, branches, bias=block.bias(dtype), dtype=dtype, device=device)
-    for one, start in zip(block.projections, starts, strict=True):
-        one.write_weight(made.weight[start : start + one.size[0]])
-    return made
 
 
 class LoraGrads:

@@ -23,7 +23,6 @@ from tandem.rl.families import Layer, Norm
 from tandem.rl.layer_ops import (
     LoraGrads,
     Rope,
-    Weights,
     glu,
     glu_backward,
     rms_norm,
@@ -32,6 +31,7 @@ from tandem.rl.layer_ops import (
     rotated_backward,
     tiles,
 )
+from tandem.rl.prepared_weights import KeptWeights, Weights
 
 # What the layer before has stored comes back while the last group's attention runs, which takes about as long. From
 # these rows on it waits until attention's memory is free: the device then stands still for a hundredth of the time.
@@ -60,12 +60,22 @@ class LayerRun:
         rope: cosines and sines of the pack's positions. tile_rows: rows that pass the MLP at a time.
         groups: parts in which the KV heads are run; a divisor of their number.
         keep: `forward` keeps its widest projections for `backward`, which then need not be computed once more.
+        kept: prepared weights that stay from pass to pass.
     """
 
     def __init__(
-        self, layer: Layer, rope: Rope, layout: PackLayout, *, tile_rows: int, groups: int, keep: bool = False
+        self,
+        layer: Layer,
+        rope: Rope,
+        layout: PackLayout,
+        *,
+        tile_rows: int,
+        groups: int,
+        keep: bool = False,
+        kept: KeptWeights | None = None,
     ) -> None:
         self.layer, self.rope, self.layout, self.groups, self.keep = layer, rope, layout, groups, keep
+        self._kept_weights = kept
         self.tiles = tiles(rope[0].shape[0], tile_rows)
         # There is less beside them in memory, and with half as many calls the host keeps ahead of the device.
         self.forward_tiles = tiles(rope[0].shape[0], 2 * tile_rows)
@@ -74,7 +84,7 @@ class LayerRun:
 
     def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, Attended, Projected | None]:
         """`[T, d]` -> the layer's output `[T, d]`, what attention gave on the way, and what is kept of projections."""
-        layer, weights, rows = self.layer, Weights(h.dtype), h.shape[0]
+        layer, weights, rows = self.layer, Weights(h.dtype, self._kept_weights), h.shape[0]
         kept = None
         if self.keep:
             kept = Projected(*(weights.of(block).gradients(rows) for block in (layer.qkv, layer.gate_up)))
@@ -142,7 +152,7 @@ class LayerRun:
             need_input: without it `grad` is left useless, and only `grads` is filled.
             when_free: called when what the layer before has stored may come back.
         """
-        layer, weights = self.layer, Weights(h.dtype)
+        layer, weights = self.layer, Weights(h.dtype, self._kept_weights)
         if stored:
             attended = Attended(*stored)
         elif kept is None:

@@ -24,6 +24,7 @@ from tandem.rl.plan_memory import (
     Pack,
     Setup,
     adapter_bytes,
+    kept_weight_bytes,
     kv_bytes,
     optimizer_bytes,
     pack_memory,
@@ -102,9 +103,10 @@ class Ledger:
     def fixed(self) -> Items:
         """What is on the device all the time."""
         state, _ = optimizer_bytes(self.setup.adapter, self.setup.optim)
+        weights = weight_items(self.setup) | {"weights ready for products": kept_weight_bytes(self.setup)}
         return {
             "CUDA context and libraries": CONTEXT + LIBRARIES,
-            **{name: size for name, size in weight_items(self.setup).items() if size},
+            **{name: size for name, size in weights.items() if size},
             "LoRA weights, float32": adapter_bytes(self.setup.adapter),
             "optimiser's state": state,
             **(engine_items(self.setup) if self.setup.vllm else {}),

@@ -17,6 +17,7 @@ from tandem.rl.offload import BLOCK_BYTES, DEVICE_SHARE, HOST_SHARE, STAYS_ON_DE
 from tandem.rl.plan_devices import CONTEXT, GIB, Device
 from tandem.rl.plan_engine import captured_graphs, engine_items, step_bytes
 from tandem.rl.plan_shape import AdapterShape, Linear, ModelShape, Projections, adapter_shape
+from tandem.rl.prepared_weights import MOST_KEPT_BYTES
 
 # Beside torch's allocator and the bare context, measured on an H100: the kernels that libraries load.
 LIBRARIES = int(0.33 * GIB)
@@ -119,6 +120,23 @@ def weight_items(setup: Setup) -> Items:
         * (shape.embedding + (0 if shape.tied else shape.head.elements)),
         "norms, biases and other weights": shape.other * width,
     }
+
+
+def kept_weight_bytes(setup: Setup) -> int:
+    """What the fused layers of a small model keep from pass to pass; 0 for others."""
+    blocks = setup.shape.projections
+    if not setup.fused or blocks is None:
+        return 0
+    total = setup.shape.layers * sum(
+        _buffer_bytes(setup, block) for block in (blocks.qkv, blocks.output, blocks.gate_up, blocks.down)
+    )
+    return total if total <= MOST_KEPT_BYTES else 0
+
+
+def _buffer_bytes(setup: Setup, block: tuple[Linear, ...]) -> int:
+    """A stacked weight in the compute type, with the adapters beside it."""
+    rank = setup.adapter.rank_of(block)
+    return (sum(one.rows for one in block) + rank) * (block[0].columns + rank) * setup.width
 
 
 def adapter_bytes(adapter: AdapterShape) -> int:
@@ -242,7 +260,8 @@ def projection_bytes(setup: Setup, rows: int) -> int:
 
 def _free_of_weights(setup: Setup, device: Device) -> int:
     engine = sum(engine_items(setup).values()) if setup.vllm else 0
-    return device.memory - CONTEXT - LIBRARIES - WORKSPACE - sum(weight_items(setup).values()) - engine
+    weights = sum(weight_items(setup).values()) + kept_weight_bytes(setup)
+    return device.memory - CONTEXT - LIBRARIES - WORKSPACE - weights - engine
 
 
 def _saves(setup: Setup, left: int, on_host: bool, device: Device | None) -> bool:
@@ -398,9 +417,8 @@ class _Moments:
         return blocks, {name: of(getattr(blocks, name)) for name in ("qkv", "output", "gate_up", "down")}
 
     def _buffers(self, block: tuple[Linear, ...]) -> int:
-        """A stacked weight in the compute type, with the adapters beside it."""
-        rank = self.setup.adapter.rank_of(block)
-        return (sum(one.rows for one in block) + rank) * (block[0].columns + rank) * self.setup.width
+        """A stacked weight, where it is made for the pass."""
+        return 0 if kept_weight_bytes(self.setup) else _buffer_bytes(self.setup, block)
 
     def _sums(self, *blocks: tuple[Linear, ...]) -> int:
         """In float32, of a pack and, one block at a time, of a tile."""

@@ -32,6 +32,25 @@ def test_the_tables_of_updates_and_rollouts_are_those_of_the_stored_results():
     assert table == module.kernel_table()
 
 
+def test_the_whole_step_and_the_floor_of_rounding_are_those_of_the_stored_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    newest = sorted((ROOT / "benchmarks" / "results").glob("grpo-step-h*.json"))[-1]
+    summary = {one["system"]: one for one in json.loads(newest.read_text(encoding="utf-8"))["summary"]}
+    ours, theirs = summary["tandem"], summary["unsloth"]
+    assert f"takes {ours['seconds']:.1f} s on an H200, {ours['parts']['generate']:.1f} of them in rollout" in text
+    assert f"{theirs['seconds']:.1f} s: {theirs['seconds'] / ours['seconds']:.2f} times as long" in text
+    found = []
+    for name in ("rounding-floor-h*.json", "rounding-floor-nf4-h*.json"):
+        path = sorted((ROOT / "benchmarks" / "results").glob(name))[-1]
+        assert path.name in text
+        floor = json.loads(path.read_text(encoding="utf-8"))
+        apart = floor["log_probs"]["bfloat16, another order of sums"]
+        found.append((apart["median"], apart["p99"], floor["greedy"]["another order of sums"]["equal"]))
+    (median, p99, equal), (nf4_median, nf4_p99, nf4_equal) = found
+    assert f"is {median:.3f} from itself ({nf4_median:.3f} after NF4), {p99:.2f} ({nf4_p99:.2f}) at the 99th" in text
+    assert f"on {equal:.0%} ({nf4_equal:.0%}) of prompts" in text
+
+
 def test_the_demo_on_a_gpu_learns_alike_in_both_ways():
     newest = sorted((ROOT / "benchmarks" / "results").glob("demo-h100-*.json"))[-1]
     rows = json.loads(newest.read_text(encoding="utf-8"))["rows"]

@@ -38,6 +38,9 @@ ENGINES = {
     "llama-int4": ("llama", "int4", False),
     "phi3-nf4": ("phi3", "nf4", False),
 }
+# The median and 99th percentile by which the trained model differs from itself with its hidden units shuffled, of
+# benchmarks/rounding_floor.py. The trainer and the engine round at other places, too: hence half as much again.
+FLOORS = {"smollm2-bf16": (0.02423, 0.18177), "smollm2-nf4": (0.02593, 0.21913)}
 COMPILED = [name for name, (_, _, compiled) in ENGINES.items() if compiled]
 SMALL: dict[str, Any] = {
     "vocab_size": 4099,
@@ -415,8 +418,7 @@ def test_the_process_is_left_as_it_was(name, folder):
 @every_engine
 def test_engine_and_trainer_agree(name, folder):
     found = result(name, "parity", folder)
-    trained = ENGINES[name][0] == TRAINED
-    median, p99 = (0.01, 0.1) if trained else (0.03, 0.3)
+    median, p99 = (1.5 * floor for floor in FLOORS.get(name, (0.02, 0.2)))
     for part in ("step0", "step1", "step2", "temperature", "greedy"):
         assert found[part]["median"] <= median, part
         assert found[part]["p99"] <= p99, part

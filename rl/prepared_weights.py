@@ -1,0 +1,123 @@
+"""A layer's projections ready to multiply: frozen weights in the compute type with the adapters beside them.
+
+A large model's are prepared for every pass and dropped behind it. Those of a small model stay from pass to pass: its
+passes are bound by the number of calls, of which preparing takes a third, and not by memory.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tandem.kernels.lora_linear import Branch, LoraLinear, padded_rank
+from tandem.rl.families import Block, Layer
+
+# What the prepared weights of all layers may take to stay: those of 600 million parameters in bfloat16.
+MOST_KEPT_BYTES = 5 << 28
+
+_Key = tuple[object, ...]
+
+
+class Weights:
+    """A layer's projections in the compute type, each dequantised once and held until it is dropped.
+
+    Args:
+        kept: whose weights are taken where they are there, and kept where they are made.
+    """
+
+    def __init__(self, dtype: torch.dtype, kept: KeptWeights | None = None) -> None:
+        self._dtype, self._kept = dtype, kept
+        self._made: dict[Block, LoraLinear] = {}
+
+    def of(self, block: Block) -> LoraLinear:
+        if block not in self._made:
+            made = None if self._kept is None else self._kept.of(block, self._dtype)
+            self._made[block] = made or _prepared(block, self._dtype)
+        return self._made[block]
+
+    def drop(self, *blocks: Block) -> None:
+        for block in blocks:
+            self._made.pop(block, None)
+
+
+class KeptWeights:
+    """Prepared weights of all layers, which stay for the next pass."""
+
+    def __init__(self) -> None:
+        self._linears: dict[_Key, LoraLinear] = {}
+        self._current: set[_Key] = set()
+        self._allowed = True
+
+    def begin(self, layer: Layer, layers: int, dtype: torch.dtype) -> bool:
+        """A forward pass begins, before which the adapters may have changed.
+
+        Args:
+            layer: one of `layers` equal ones.
+
+        Returns:
+            Whether weights are kept: not those of a large model, and none after `stop`.
+        """
+        self._current.clear()
+        if not self._allowed or layers * _prepared_bytes(layer, dtype) > MOST_KEPT_BYTES:
+            self._linears.clear()
+            return False
+        return True
+
+    def of(self, block: Block, dtype: torch.dtype) -> LoraLinear:
+        """With the adapters as they were when this pass first asked."""
+        key = _key(block, dtype)
+        linear = self._linears.get(key)
+        if linear is None:
+            self._forget(block)
+            linear = self._linears[key] = _prepared(block, dtype)
+        elif key not in self._current:
+            linear.take_adapters()
+        self._current.add(key)
+        return linear
+
+    def stop(self) -> None:
+        """Memory is needed: drop all, and keep none from now on."""
+        self._allowed = False
+        self._linears.clear()
+
+    def _forget(self, block: Block) -> None:
+        """Drop what was prepared for the same layers with another adapter, or without one."""
+        bases = _bases(block)
+        for key in [key for key in self._linears if key[0] == bases]:
+            del self._linears[key]
+
+
+def _bases(block: Block) -> tuple[int, ...]:
+    return tuple(id(one.base) for one in block.projections)
+
+
+def _key(block: Block, dtype: torch.dtype) -> _Key:
+    """All that a prepared weight is made of but the adapters' values: layers, weights, and where the adapters lie."""
+    parts: list[object] = [_bases(block), dtype]
+    for one in block.projections:
+        weight = one.base.weight
+        parts.append(None if weight is None else (weight.data_ptr(), weight._version))
+        if one.adapter is not None:
+            parts += [one.adapter.a.data_ptr(), one.adapter.b.data_ptr(), one.adapter.scale]
+    return tuple(parts)
+
+
+def _prepared(block: Block, dtype: torch.dtype) -> LoraLinear:
+    starts = block.starts
+    branches = [
+        Branch(one.adapter.a.detach(), one.adapter.b.detach(), start, one.adapter.scale)
+        for one, start in zip(block.projections, starts, strict=True)
+        if one.adapter is not None
+    ]
+    device = block.projections[0].device
+    made = LoraLinear(*block.size, branches, bias=block.bias(dtype), dtype=dtype, device=device)
+    for one, start in zip(block.projections, starts, strict=True):
+        one.write_weight(made.weight[start : start + one.size[0]])
+    return made
+
+
+def _prepared_bytes(layer: Layer, dtype: torch.dtype) -> int:
+    total = 0
+    for block in layer.blocks:
+        rank = padded_rank(sum(one.adapter.a.shape[0] for one in block.projections if one.adapter is not None))
+        total += (block.size[0] + rank) * (block.size[1] + rank)
+    return total * dtype.itemsize
