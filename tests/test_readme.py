@@ -51,6 +51,28 @@ def test_the_whole_step_and_the_floor_of_rounding_are_those_of_the_stored_result
     assert f"on {equal:.0%} ({nf4_equal:.0%}) of prompts" in text
 
 
+def test_the_table_of_the_sandbox_is_that_of_the_newest_result():
+    spec = importlib.util.spec_from_file_location("sandbox_benchmark", ROOT / "benchmarks" / "sandbox.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    newest = sorted((ROOT / "benchmarks" / "results").glob("sandbox-cpu-*.json"))[-1]
+    result = json.loads(newest.read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "sandbox.md").read_text(encoding="utf-8")
+    assert text.partition(module.BEGIN)[2].partition(module.END)[0].strip() == module.table(result, newest)
+    assert all(row["programs"] >= 2000 and row["cores"] == 2 for row in result["rows"])
+
+
+def test_the_scores_of_examples_are_those_of_their_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for example in ("code_reward", "calculator_tool", "guessing_game"):
+        newest = sorted((ROOT / "benchmarks" / "results").glob(f"{example}-cpu-*.json"))[-1]
+        (row,) = json.loads(newest.read_text(encoding="utf-8"))["rows"]
+        told = text.partition(f"examples/{example}.yaml")[2].partition(newest.name)[0]
+        for words in (f"from {row['score_before']:.2f} to {row['score_after']:.2f}", f"{row['seconds']:.0f} s"):
+            assert words in " ".join(told.split()), example
+        assert row["seconds"] < 600
+
+
 def test_the_demo_on_a_gpu_learns_alike_in_both_ways():
     newest = sorted((ROOT / "benchmarks" / "results").glob("demo-h100-*.json"))[-1]
     rows = json.loads(newest.read_text(encoding="utf-8"))["rows"]
