@@ -192,6 +192,9 @@ class RolloutConfig(Section):
     """vllm: fp8 halves the KV cache and adds mismatch with the trainer: keep algorithm.rollout_correction on."""
     enforce_eager: bool = False
     """vllm: no compilation and no CUDA graphs: starts in seconds, decodes several times slower."""
+    torch_compile: bool = True
+    """vllm: compile the model before CUDA graphs are captured, the longest part of a first start (kept on disk after
+    it); false: graphs of vLLM's own kernels, for decoding alone."""
     cudagraph_sizes: list[Positive] | None = None
     """vllm: batch sizes that CUDA graphs are captured for; None: a ladder up to max_in_flight (or 256)."""
 

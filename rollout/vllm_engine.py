@@ -305,11 +305,14 @@ def engine_arguments(
     device: torch.device,
 ) -> dict[str, Any]:
     """What `vllm.LLM` is built with, beside its weights and its worker."""
-    compilation = {
+    compilation: dict[str, Any] = {
         # Every request has the adapter: graphs without it would never run.
         "cudagraph_specialize_lora": False,
         "cudagraph_capture_sizes": list(options.capture_sizes),
     }
+    if not options.torch_compile:
+        # The cut of a graph around attention is the compiler's work: without it graphs are whole, and of decoding.
+        compilation |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     lora: dict[str, Any] = {}
     if lora_rank:
         # Without targets, the embedding and the head are wrapped too.

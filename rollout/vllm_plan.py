@@ -33,6 +33,8 @@ class VllmOptions:
         kv_cache_gib: size of the KV cache; None: what `max_num_seqs` longest sequences need, or what is free.
         kv_cache_dtype: auto (the model's type) or fp8, which halves it and adds mismatch: keep a rollout correction on.
         enforce_eager: no compilation and no CUDA graphs: starts in seconds, decodes several times slower.
+        torch_compile: the model is compiled before graphs are captured; without it graphs hold vLLM's own kernels, and
+            serve decoding alone.
         cudagraph_sizes: batch sizes that graphs are captured for; None: a ladder up to `max_num_seqs`.
     """
 
@@ -41,6 +43,7 @@ class VllmOptions:
     kv_cache_gib: float | None = None
     kv_cache_dtype: str = "auto"
     enforce_eager: bool = False
+    torch_compile: bool = True
     cudagraph_sizes: tuple[int, ...] | None = None
 
     @property

@@ -435,3 +435,18 @@ def test_without_a_gpu_vllm_is_not_even_looked_for(lm, monkeypatch):
     assert isinstance(made, TransformersEngine)
     with pytest.raises(UserError, match="needs a CUDA device"):
         open_engine("vllm", lm, store=None, source="", load_in_4bit=False, options=VllmOptions(), **silent)
+
+
+@pytest.mark.parametrize(
+    ("eager", "compiled", "expected"),
+    [(True, True, None), (False, True, {}), (False, False, {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"})],
+)
+def test_graphs_need_no_compiler(eager: bool, compiled: bool, expected: dict[str, Any] | None) -> None:
+    options = VllmOptions(max_num_seqs=4, enforce_eager=eager, torch_compile=compiled)
+    given = vllm_engine.engine_arguments(options, 64, 1 << 20, 8, ["q_proj"], torch.bfloat16, torch.device("cpu"))
+    assert given.get("enforce_eager", False) == eager
+    if expected is None:
+        assert "compilation_config" not in given
+    else:
+        sizes = {"cudagraph_specialize_lora": False, "cudagraph_capture_sizes": [1, 2, 4]}
+        assert given["compilation_config"] == sizes | expected

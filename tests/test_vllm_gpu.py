@@ -86,7 +86,7 @@ def build(name: str, folder: Path) -> SimpleNamespace:
     from tandem.rl.errors import UserError
     from tandem.rl.fused_layer import FusedLayers, Plan
     from tandem.rl.lora import attach_lora
-    from tandem.rl.model import load_model
+    from tandem.rl.model import load_model, load_tokenizer
     from tandem.rl.samples import Prompt
     from tandem.rollout.vllm_engine import VllmEngine
     from tandem.rollout.vllm_plan import VllmOptions
@@ -97,7 +97,8 @@ def build(name: str, folder: Path) -> SimpleNamespace:
     path = source if source == TRAINED else str(checkpoint(source, folder))
     quantised = {} if format == "bf16" else {"load_in_4bit": True, "weight_format": format}
     config = ModelConfig(model_name_or_path=path, max_length=1024, device="cuda", **quantised)
-    lm = load_model(config, SimpleNamespace(pad_token_id=0), shared=True)
+    tokenizer = load_tokenizer(config) if source == TRAINED else SimpleNamespace(pad_token_id=0)
+    lm = load_model(config, tokenizer, shared=True)
     store = lm.store
     assert store is not None, lm.notes
     assert store.format == format
@@ -108,9 +109,6 @@ def build(name: str, folder: Path) -> SimpleNamespace:
     except UserError as error:
         say("layers", error.problem)
     if source == TRAINED:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(store.folder)
         prompts = [Prompt(i, tokenizer.encode(text), text) for i, text in enumerate(TEXTS)]
     else:
         draw = random.Random(0)
@@ -297,18 +295,20 @@ def part_phases(rig: SimpleNamespace) -> dict:
     }
 
 
+def same(a: list, b: list) -> float:
+    """Share of completions with the same tokens."""
+    pairs = [
+        (x.ids, y.ids) for g, h in zip(a, b, strict=True) for x, y in zip(g.completions, h.completions, strict=True)
+    ]
+    return sum(x == y for x, y in pairs) / len(pairs)
+
+
 def part_requests(rig: SimpleNamespace) -> dict:
     """Stops, group order, and what a request owes to its neighbours."""
     whole = rig.engine.generate(rig.prompts, sampling())
     again = rig.engine.generate(rig.prompts, sampling())
     alone = [rig.engine.generate([prompt], sampling())[0] for prompt in rig.prompts]
     other = rig.engine.generate(rig.prompts, sampling(seed=8))
-
-    def same(a: list, b: list) -> float:
-        pairs = [
-            (x.ids, y.ids) for g, h in zip(a, b, strict=True) for x, y in zip(g.completions, h.completions, strict=True)
-        ]
-        return sum(x == y for x, y in pairs) / len(pairs)
 
     stop = whole[0].completions[0].ids[5]
     stopped = rig.engine.generate(rig.prompts, sampling(stop_token_ids=(stop,)))
@@ -344,7 +344,46 @@ def restricted(rig: SimpleNamespace) -> dict:
     return {"median": float(difference.median()), "p99": float(difference.quantile(0.99))}
 
 
-PARTS = [part_aliased, part_parity, part_planted, part_phases, part_requests]
+def part_groups(rig: SimpleNamespace) -> dict:
+    """Groups are handed over while others are still generated."""
+    sampled = [token for g in rig.engine.generate(rig.prompts, sampling()) for c in g.completions for token in c.ids]
+    often = sorted(set(sampled), key=sampled.count)[-8:]
+    told, running = [], []
+
+    def on_group(place: int, group: Any) -> None:
+        told.append((place, [c.ids for c in group.completions]))
+        running.append(rig.engine._llm.llm_engine.has_unfinished_requests())
+
+    asked = sampling(stop_token_ids=tuple(often))
+    plain, stepped = rig.engine.generate(rig.prompts, asked), rig.engine.generate(rig.prompts, asked, on_group=on_group)
+    return {
+        "same": same(plain, stepped),
+        "places": sorted(place for place, _ in told),
+        "as_returned": all(ids == [c.ids for c in stepped[place].completions] for place, ids in told),
+        "first_while_others_ran": running[0],
+    }
+
+
+def part_stops(rig: SimpleNamespace) -> dict:
+    """Stop strings end a completion with the token that completes them."""
+    if not rig.trained:
+        return {"completions": 0}
+    stops = (" the", ".", "\n")
+
+    def found(ids: list[int]) -> bool:
+        return any(text in rig.lm.tokenizer.decode(ids, skip_special_tokens=True) for text in stops)
+
+    groups = rig.engine.generate(rig.prompts, sampling(stop=stops))
+    completions = [c for g in groups for c in g.completions]
+    return {
+        "completions": len(completions),
+        "stopped": sum(not c.truncated for c in completions),
+        "early": sum(found(c.ids[:-1]) for c in completions),
+        "wrong": sum(found(c.ids) == c.truncated for c in completions),
+    }
+
+
+PARTS = [part_aliased, part_parity, part_planted, part_phases, part_requests, part_groups, part_stops]
 
 
 def work(name: str, folder: Path) -> None:
@@ -452,6 +491,23 @@ def test_requests(name, folder):
     assert found["stopped"] > 0
     assert found["stops_are_last"]
     assert found["restricted"]["median"] <= 0.03
+
+
+@every_engine
+def test_groups_are_handed_over_as_they_end(name, folder):
+    found = result(name, "groups", folder)
+    assert found["same"] >= 0.9
+    assert found["places"] == list(range(8))
+    assert found["as_returned"]
+    assert found["first_while_others_ran"]
+
+
+@pytest.mark.parametrize("name", [name for name, (source, _, _) in ENGINES.items() if source == TRAINED])
+def test_stop_strings(name, folder):
+    found = result(name, "stops", folder)
+    assert found["completions"] == 32
+    assert found["stopped"] > 16
+    assert (found["early"], found["wrong"]) == (0, 0)
 
 
 @pytest.mark.parametrize("name", COMPILED)
