@@ -15,7 +15,7 @@ from tandem.rl.config import Config
 from tandem.rl.offload import layers_beside
 from tandem.rl.packing import default_max_tokens
 from tandem.rl.plan_devices import CONTEXT, GIB, Device
-from tandem.rl.plan_engine import IN_FLIGHT, engine_items
+from tandem.rl.plan_engine import IN_FLIGHT, STAYS_AWAKE, engine_items
 from tandem.rl.plan_memory import (
     FRAGMENTATION,
     LIBRARIES,
@@ -115,7 +115,7 @@ class Ledger:
     def training(self, tokens: int | None = None) -> Phase:
         """The device while a pack of `tokens` (None: the fullest) is at its peak."""
         pack = self._pack_of(self.pack if tokens is None else tokens)
-        return _phase(self.fixed | {"workspaces": WORKSPACE} | pack.items)
+        return _phase(self.fixed | {"workspaces": WORKSPACE} | pack.items | self._awake)
 
     def rollout(self, in_flight: int | None = None, length: int | None = None) -> Phase | None:
         """The device during generation of sequences of `length` (None: the planned one), longer by their prompt, of
@@ -155,6 +155,14 @@ class Ledger:
         """Bytes of vLLM's KV cache, where the config gives its size."""
         given = self.config.rollout.kv_cache_gib
         return int(given * GIB) if self.setup.vllm and given is not None else None
+
+    @property
+    def _awake(self) -> Items:
+        """The KV cache where it stays during the update, for it is a small one."""
+        if not (self.setup.vllm and self.work.generates):
+            return {}
+        cache = self.cache if self.cache is not None else self.cache_needed(self.work.in_flight, None)
+        return {"KV cache, which stays": cache} if cache <= STAYS_AWAKE else {}
 
     @cached_property
     def peak_pack(self) -> Pack:

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 from tandem.rl.config import RolloutConfig
 from tandem.rl.plan_devices import GIB, Device
 from tandem.rl.plan_shape import ModelShape
-from tandem.rollout.vllm_plan import BLOCK, IN_FLIGHT, VllmOptions, rounded_length
+from tandem.rollout.vllm_plan import BLOCK, IN_FLIGHT, STAYS_AWAKE, VllmOptions, rounded_length
 from tandem.rollout.vllm_versions import ACCEPTED, LORA_RANKS, refusal
 
 if TYPE_CHECKING:
     from tandem.rl.plan_memory import Items, Setup
 
 __all__ = [
-    "BLOCK", "IN_FLIGHT", "captured_graphs", "engine_items", "engine_of_auto", "rounded_length", "step_bytes",
-    "step_tokens",
+    "BLOCK", "IN_FLIGHT", "STAYS_AWAKE", "captured_graphs", "engine_items", "engine_of_auto", "rounded_length",
+    "step_bytes", "step_tokens",
 ]  # fmt: skip
 
 MIB = 1 << 20

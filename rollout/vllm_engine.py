@@ -1,7 +1,8 @@
 """Rollouts through vLLM inside the trainer's process, on the trainer's own weights where there is a weight store.
 
 What vLLM computes with are the store's tensors. The adapter is copied into its buffers in place before rollouts, under
-a name per version, so that a prefix cached for an older policy is never met again. `sleep` gives the KV cache back.
+a name per version, so that a prefix cached for an older policy is never met again. `sleep` gives the KV cache back,
+unless it is a small one.
 
 A completion's tokens follow from its prompt, its number in the group, the sampling and the policy, like those of every
 engine, but only up to floating point: kernels are chosen by batch size, so another batch around a request may turn a
@@ -81,7 +82,7 @@ class VllmEngine:
         free = free_bytes(language_model.device) - copy
         self.kv_cache_bytes = kv_cache_bytes(config, options, self.max_model_len, free)
         self._names = PolicyNames()
-        self._asleep = False
+        self._sleeps, self._asleep = self.kv_cache_bytes > options.sleep_above, False
         self._stream: Any = None
         with preserved(ENVIRONMENT, quiet="vllm"):
             self._api = api or load_api()
@@ -198,8 +199,8 @@ class VllmEngine:
         return getattr(self._push, "path", None) or "/unused"
 
     def sleep(self) -> None:
-        """Give the KV cache's memory back; a second call does nothing."""
-        if not self._asleep:
+        """Give the KV cache's memory back; a second call does nothing, and neither does one with a small cache."""
+        if self._sleeps and not self._asleep:
             with preserved(quiet="vllm"), on_stream(self._stream):
                 self._llm.sleep(level=1)
             self._asleep = True

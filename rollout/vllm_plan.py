@@ -23,6 +23,11 @@ BLOCK = 16
 _CAPTURED = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
 
+# A KV cache of at most this size stays through the updates: giving it back and taking it again, and with it all that
+# PyTorch has in its cache, takes longer than a small model's update gains by it.
+STAYS_AWAKE = 512 << 20
+
+
 @dataclass(frozen=True)
 class VllmOptions:
     """How a vLLM engine is built.
@@ -35,6 +40,7 @@ class VllmOptions:
         enforce_eager: no compilation and no CUDA graphs: starts in seconds, decodes several times slower.
         torch_compile: the model is compiled before graphs are captured; without it graphs hold vLLM's own kernels, and
             serve decoding alone.
+        sleep_above: bytes of KV cache from which `sleep` gives it back.
         cudagraph_sizes: batch sizes that graphs are captured for; None: a ladder up to `max_num_seqs`.
     """
 
@@ -44,6 +50,7 @@ class VllmOptions:
     kv_cache_dtype: str = "auto"
     enforce_eager: bool = False
     torch_compile: bool = True
+    sleep_above: int = STAYS_AWAKE
     cudagraph_sizes: tuple[int, ...] | None = None
 
     @property

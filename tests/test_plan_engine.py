@@ -82,3 +82,11 @@ def test_a_step_of_the_engine_has_prompts_up_to_what_vllm_takes_at_a_time(qwen: 
     assert step("a100", 100_000) == step("4090", 8192), "vLLM takes fewer at a time on an A100"
     # Many sequences with short prompts: their logits are more.
     assert step("4090", 64, 256) == 4 * 4 * 256 * 151936
+
+
+def test_a_small_cache_counts_in_training_too(qwen: ModelShape) -> None:
+    def stays(gib: float) -> int:
+        config = config_of(rollout={"engine": "vllm", "kv_cache_gib": gib})
+        return ledger(qwen, config, find_device("h100")).training().items.get("KV cache, which stays", 0)
+
+    assert (stays(0.5), stays(0.51)) == (GIB // 2, 0)

@@ -187,7 +187,7 @@ class FakeApi:
 def engine(lm, store, tmp_path, monkeypatch) -> VllmEngine:
     monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
     api = FakeApi()
-    made = VllmEngine(lm, store, VllmOptions(max_num_seqs=16), api=api)
+    made = VllmEngine(lm, store, VllmOptions(max_num_seqs=16, sleep_above=0), api=api)
     made.api = api
     return made
 
@@ -333,6 +333,17 @@ def test_answers_of_vllm_that_make_no_sense_are_refused():
 
 
 # Phases, limits, choice
+
+
+def test_a_small_cache_stays_through_the_update(lm, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
+    for limit, sleeps in ((1 << 40, False), (0, True)):
+        engine = VllmEngine(lm, store, VllmOptions(max_num_seqs=16, sleep_above=limit), api=FakeApi())
+        engine.sleep()
+        assert (engine.asleep_bytes > 0) == engine._llm.asleep == sleeps
+        engine.wake()
+        assert len(engine.generate(PROMPTS, SAMPLING)) == len(PROMPTS)
+        engine.close()
 
 
 def test_sleep_and_wake_may_be_called_twice_and_generate_wants_it_awake(engine):
