@@ -6,7 +6,9 @@ batch; every completion draws from a random stream of its own.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -20,6 +22,14 @@ from tandem.rollout.stop_strings import StopStrings
 
 # Rows leave the batch when this share of it is done: every removal copies the cache once.
 _COMPACT_AT = 0.2
+
+
+def _cache_name(backbone: Any) -> str:
+    """What a model calls its cache, as argument and in its output.
+
+    From transformers 5.24 on it is `cache`, and the former name gives a warning; a model with its own code may keep it.
+    """
+    return "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
 
 
 @dataclass
@@ -59,6 +69,7 @@ class TransformersEngine:
     def __init__(self, language_model: LanguageModel, *, max_in_flight: int | None = None) -> None:
         self._lm = language_model
         self._max_in_flight = max_in_flight
+        self._cache_name = _cache_name(language_model.backbone)
 
     def load_adapter(self, version: int) -> None:
         """Nothing to do: trainer and engine hold the same parameters."""
@@ -142,7 +153,7 @@ class TransformersEngine:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         out = self._lm.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
         rows = torch.tensor([row_of[key] for key in keys], device=device)
-        cache = out.past_key_values
+        cache = out[self._cache_name]
         cache.batch_select_indices(rows)
         return _Batch(
             requests=list(requests),
@@ -159,8 +170,8 @@ class TransformersEngine:
             input_ids=tokens[:, None],
             attention_mask=batch.mask,
             position_ids=batch.position,
-            past_key_values=batch.cache,
             use_cache=True,
+            **{self._cache_name: batch.cache},
         )
         batch.logits = self._lm.logits(out.last_hidden_state[:, -1])
 

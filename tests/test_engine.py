@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def prefilled_rows(lm: LanguageModel, prompts: list[Prompt], max_in_flight: int 
     rows: list[int] = []
 
     def note(module, args, kwargs):
-        if kwargs.get("past_key_values") is None:
+        if not {"cache", "past_key_values"} & kwargs.keys():
             rows.append(kwargs["input_ids"].shape[0])
 
     hook = lm.backbone.register_forward_pre_hook(note, with_kwargs=True)
@@ -139,7 +140,7 @@ def test_decoded_rows_are_the_completions_still_unfinished_or_little_more(lm):
     rows: list[int] = []
 
     def note(module, args, kwargs):
-        if kwargs.get("past_key_values") is not None:
+        if {"cache", "past_key_values"} & kwargs.keys():
             rows.append(kwargs["input_ids"].shape[0])
 
     hook = lm.backbone.register_forward_pre_hook(note, with_kwargs=True)
@@ -166,6 +167,12 @@ def test_a_limit_of_one_token_needs_no_decoding(lm):
 def test_without_stop_tokens_everything_runs_to_the_limit(lm):
     completions = [c for _, c in flat(generate(lm, prompts_of(lm), stop_token_ids=()))]
     assert all(c.truncated and len(c.ids) == 10 for c in completions)
+
+
+def test_nothing_deprecated_is_asked_of_transformers(lm):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(lm, prompts_of(lm), max_completion_length=3, stop_token_ids=())
 
 
 def test_progress_counts_completions(lm):
