@@ -46,7 +46,7 @@ from device_watch import DeviceWatch
 from turns import Ahead, Turn
 from update import GIB, RANK, RESULTS, TARGETS, command_line, device_facts, header, lines_of, result_path, store
 
-SYSTEMS = ("tandem", "tandem-int4", "tandem-bf16", "trl", "trl-awake", "trl-bf16", "unsloth")
+SYSTEMS = ("tandem", "tandem-int4", "tandem-fp8", "tandem-bf16", "trl", "trl-awake", "trl-bf16", "unsloth")
 # PyTorch's allocator is left as a user has it; what PYTORCH_CUDA_ALLOC_CONF says is stored with the result.
 SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 COLUMNS = ("step", "seconds", "parts", "tokens", "tokens_per_s", "logged", "error")
@@ -460,7 +460,9 @@ def tandem_config(system: str, arguments: argparse.Namespace, folder: str) -> di
     on_gpu = torch.cuda.is_available()
     is_quantised(system, arguments.model)
     model: dict[str, Any] = {"model_name_or_path": str(arguments.model.resolve())}
-    if on_gpu and system != "tandem-bf16":
+    if on_gpu and system == "tandem-fp8":
+        model |= {"load_in_8bit": True}
+    elif on_gpu and system != "tandem-bf16":
         model |= {"load_in_4bit": True, "weight_format": "int4" if system == "tandem-int4" else "nf4"}
     rows = {"model": model["model_name_or_path"], "tokens": arguments.prompt_tokens}
     return {

@@ -36,7 +36,7 @@ from random_checkpoint import SHAPES, build
 from turns import Turn
 from update import GIB, RESULTS, TARGETS, command_line, device_facts, header, result_path, store
 
-FORMATS = ("nf4", "int4", "bf16")
+FORMATS = ("nf4", "int4", "fp8", "bf16")
 SYSTEMS = ("vllm-bnb", "vllm-bf16", *(f"tandem-{one}{how}" for how in ("", "-uncompiled") for one in FORMATS))
 RANK, NEW, GREEDY = 32, 128, 64
 AGREEMENT_BATCHES = (64, 96)

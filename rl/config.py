@@ -101,6 +101,8 @@ class Config(Section):
     def _fields_fit_together(self) -> Config:
         if self.data.dataset_name is None:
             raise ValueError("data.dataset_name is missing: name a hub data set, a file or FILE.py:FUNCTION")
+        if self.model.load_in_4bit and self.model.load_in_8bit:
+            raise ValueError("model.load_in_4bit and model.load_in_8bit are both on: leave one of them on")
         if self.uses_rollouts:
             self._check_rl()
         elif self.environment.enabled:

@@ -156,7 +156,7 @@ def load_model(config: ModelConfig, tokenizer: Any, *, shared: bool = False) -> 
     source = resolve_model(config.model_name_or_path)
     model = store = None
     notes: list[str] = []
-    if (shared or config.load_in_4bit) and not config.trust_remote_code:
+    if (shared or config.quantised_to) and not config.trust_remote_code:
         try:
             store = WeightStore.open(
                 source, format=_store_format(config, source), device=device, dtype=dtype, revision=config.revision
@@ -164,7 +164,7 @@ def load_model(config: ModelConfig, tokenizer: Any, *, shared: bool = False) -> 
             model = store.causal_lm()
             notes += store.notes
         except UserError as error:
-            if config.load_in_4bit and config.weight_format != "nf4":
+            if config.quantised_to not in (None, "nf4"):  # which transformers cannot load
                 raise
             store = None
             notes.append(f"trainer and engine cannot share weights: {error.problem}")
@@ -188,8 +188,8 @@ def load_model(config: ModelConfig, tokenizer: Any, *, shared: bool = False) -> 
 
 
 def _store_format(config: ModelConfig, source: str) -> str:
-    if config.load_in_4bit:
-        return config.weight_format
+    if config.quantised_to:
+        return config.quantised_to
     given = Path(source) / "config.json"
     quantised = given.is_file() and "quantization_config" in json.loads(given.read_text(encoding="utf-8"))
     return "nf4" if quantised else "bf16"

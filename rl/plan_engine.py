@@ -60,7 +60,7 @@ def engine_items(setup: Setup) -> Items:
     """What an engine on the trainer's weights holds of the device until it is closed."""
     shape, adapter = setup.shape, setup.adapter
     rank = next((r for r in LORA_RANKS if r >= adapter.rank), adapter.rank)
-    scratch = _largest_stack(shape) * setup.width if setup.format == "nf4" else 0
+    scratch = _largest_stack(shape) * setup.width if setup.format in ("nf4", "fp8") else 0
     rope = shape.max_length * shape.head_dim * setup.width
     return {
         "adapter's copy in the engine": adapter.elements // adapter.rank * rank * 2,

@@ -47,7 +47,7 @@ class Setup:
     shape: ModelShape
     adapter: AdapterShape
     width: int
-    format: Literal["nf4", "int4", "dense"]
+    format: Literal["nf4", "int4", "fp8", "dense"]
     optim: str
     chunk: int
     fused: bool
@@ -76,7 +76,7 @@ def setup_of(shape: ModelShape, config: Config) -> Setup:
         shape=shape,
         adapter=adapter_shape(shape, config.lora),
         width=width,
-        format=model.weight_format if model.load_in_4bit else stored,  # type: ignore[arg-type]
+        format=model.quantised_to or stored,  # type: ignore[arg-type]
         optim=config.optim.optim,
         chunk=train.logprob_chunk_size,
         fused=fused,
@@ -97,8 +97,10 @@ def linear_bytes(one: Linear, form: str, width: int) -> int:
     """One linear layer's frozen weight.
 
     nf4: bitsandbytes' double quantisation, half a byte a weight, a byte for 64 weights, four bytes for 256 of these,
-    and two small tables. int4: Marlin's layout, two bytes for 32 weights.
+    and two small tables. int4: Marlin's layout, two bytes for 32 weights. fp8: a byte a weight, four bytes an output.
     """
+    if form == "fp8":
+        return one.elements + 4 * one.rows
     if form == "nf4":
         blocks = -(-one.elements // 64)
         return -(-one.elements // 2) + blocks + 4 * -(-blocks // 256) + 4 * (256 + 16 + 1)
@@ -113,7 +115,8 @@ def linear_bytes(one: Linear, form: str, width: int) -> int:
 def weight_items(setup: Setup) -> Items:
     """The frozen model."""
     shape, width = setup.shape, setup.width
-    name = {"nf4": "linear layers, NF4", "int4": "linear layers, int4", "dense": "linear layers"}[setup.format]
+    form = {"nf4": ", NF4", "int4": ", int4", "fp8": ", FP8", "dense": ""}[setup.format]
+    name = f"linear layers{form}"
     return {
         name: sum(linear_bytes(one, setup.format, width) for one in shape.linears),
         "embedding and head" if not shape.tied else "embedding, also the head": width

@@ -13,8 +13,9 @@ PRODUCTS, ATTENTION = 0.51, 0.53
 # transformers keeps what autograd wants and casts for the adapters: TRL's update takes 1.5 times as long.
 PLAIN = 0.36
 COPY, PCIE, DEQUANTISE = 0.7, 0.8, 0.6
-# Of memory's rate while decoding: bitsandbytes' products of a few rows, Marlin's, dense ones, and reading a KV cache.
-DECODE = {"nf4": 0.1, "int4": 0.6, "dense": 0.75}
+# Of memory's rate while decoding: products of a few rows in NF4, in Marlin's int4, in FP8 (assumed, not measured) and
+# dense ones, and reading a KV cache.
+DECODE = {"nf4": 0.1, "int4": 0.6, "fp8": 0.6, "dense": 0.75}
 DECODE_PRODUCTS, DECODE_CACHE = 0.3, 0.6
 # Seconds that a layer costs the host at each token: transformers with peft in eager mode, vLLM with and without graphs.
 EAGER, VLLM_EAGER, GRAPHS = 1.0e-3, 2.5e-4, 2.5e-5

@@ -68,6 +68,9 @@ class ModelConfig(Section):
     weight_format: Literal["nf4", "int4"] = "nf4"
     """Of load_in_4bit. nf4: bitsandbytes' NF4 with double quantisation; int4: groups of 32 in Marlin's layout, which is
     made for decoding."""
+    load_in_8bit: bool = False
+    """Keep the linear layers in 8-bit floating point (E4M3, a power of two per output), where there is room for that:
+    half of bfloat16's memory. Not yet run on a GPU."""
     max_length: Positive | None = None
     """Longest prompt + completion in tokens; None: what the model's own config allows."""
     chat_template: str | None = None
@@ -78,6 +81,11 @@ class ModelConfig(Section):
     """Run Python code that ships with the model. Off unless you trust its author."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto: the GPU if there is one."""
+
+    @property
+    def quantised_to(self) -> Literal["nf4", "int4", "fp8"] | None:
+        """How the linear layers are to be stored; None: as the checkpoint has them."""
+        return self.weight_format if self.load_in_4bit else "fp8" if self.load_in_8bit else None
 
 
 class LoraConfig(Section):

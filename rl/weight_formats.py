@@ -1,4 +1,4 @@
-"""How the rows of a linear weight are stored: NF4 as bitsandbytes packs it, int4 as Marlin does, or dense.
+"""How the rows of a linear weight are stored: NF4 as bitsandbytes packs it, int4 as Marlin does, FP8, or dense.
 
 A format turns the projections of one input, row-concatenated, into a few named tensors, and writes any rows of them
 back as a matrix. Formats hold no state: what is stored lies in the tensors alone.
@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from tandem.kernels.fp8 import DTYPES as FP8_DTYPES
+from tandem.kernels.fp8 import dequantize_fp8, quantize_fp8
 from tandem.kernels.int4_marlin import DTYPES as INT4_DTYPES
 from tandem.kernels.int4_marlin import dequantize_int4, quantize_marlin, stored_rows
 from tandem.kernels.nf4 import DTYPES as NF4_DTYPES
@@ -270,8 +272,42 @@ class Int4Format:
             out.copy_(dequantize_int4(tensors["packed"], tensors["scales"], rows))
 
 
+class Fp8Format:
+    """8-bit floating point with a power of two per output; see `kernels/fp8.py`.
+
+    Tensors: `packed` `[out, in]` uint8, the bits of E4M3; `scales` `[out]` float32.
+    """
+
+    name, main, lossy = "fp8", "packed", True
+
+    def check(self, part: str, shape: tuple[int, int]) -> None:
+        """Every shape will do."""
+
+    def quantise(
+        self, weights: Sequence[torch.Tensor], *, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        rows, columns = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+        packed = torch.empty(rows, columns, dtype=torch.uint8, device=device)
+        scales = torch.empty(rows, dtype=torch.float32, device=device)
+        row, most = 0, max(_CHUNK // columns, 1)
+        for weight in weights:
+            for start in range(0, len(weight), most):
+                chunk = weight[start : start + most].to(dtype).to(device)
+                here = slice(row, row + len(chunk))
+                packed[here], scales[here] = quantize_fp8(chunk)
+                row += len(chunk)
+        return {"packed": packed, "scales": scales}
+
+    def write_weight(self, tensors: Tensors, parts: Sequence[slice], rows: slice, out: torch.Tensor) -> None:
+        packed, scales = tensors["packed"][rows], tensors["scales"][rows]
+        if out.dtype in FP8_DTYPES:
+            dequantize_fp8(packed, scales, out)
+        else:
+            out.copy_(dequantize_fp8(packed, scales))
+
+
 NF4, DENSE = Nf4Format(), DenseFormat()
-FORMATS: dict[str, WeightFormat] = {"nf4": NF4, "bf16": DENSE, "int4": Int4Format()}
+FORMATS: dict[str, WeightFormat] = {"nf4": NF4, "bf16": DENSE, "int4": Int4Format(), "fp8": Fp8Format()}
 
 
 def weight_format(name: str) -> WeightFormat:

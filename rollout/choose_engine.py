@@ -107,6 +107,8 @@ def _vllm(
                 f"rollouts go through vLLM on the trainer's own weights; its KV cache takes {size:.2f} GiB in rollouts"
             )
             return RestartingEngine(engine, shared, warn=warn), ""
+    if store is not None and store.format not in ("nf4", "bf16"):
+        return None, f"{reason}; and vLLM has no {store.format} of its own that would be the same weights"
     copy = copy_bytes(language_model)
     if free_bytes(language_model.device) < copy + HEADROOM:
         return None, f"{reason}; and there is no room for a copy of the weights ({copy / GIB:.2f} GiB)"

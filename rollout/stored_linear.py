@@ -1,9 +1,10 @@
 """A linear layer on the store's bytes as one opaque operator, for torch.compile and CUDA graphs.
 
-`tandem::stored_linear` reads 4-bit weights where they lie. Up to `BEST_UP_TO_ROWS` inputs a fused kernel multiplies
-straight from the packed bytes; beyond that the weight is dequantised into a scratch buffer that all layers share, and
-one matrix product follows. Which way is taken depends on the number of rows alone, nothing waits for the device, and
-every address is fixed, so a captured graph stays valid. `tandem::stored_int4_linear` is vLLM's Marlin product.
+`tandem::stored_linear` and `tandem::stored_fp8_linear` read NF4 and FP8 weights where they lie. Up to
+`BEST_UP_TO_ROWS` inputs a fused kernel multiplies straight from the packed bytes; beyond that the weight is dequantised
+into a scratch buffer that all layers share, and one matrix product follows. Which way is taken depends on the number of
+rows alone, nothing waits for the device, and every address is fixed, so a captured graph stays valid.
+`tandem::stored_int4_linear` is vLLM's Marlin product.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from tandem.kernels import fp8_gemm
+from tandem.kernels.fp8 import dequantize_fp8
 from tandem.kernels.int4_marlin import MarlinScratch, int4_linear
 from tandem.kernels.nf4 import write_nf4_stack
 from tandem.kernels.nf4_gemm import BEST_UP_TO_ROWS, nf4_linear
@@ -68,6 +71,19 @@ def _is_fused(rows: torch.Tensor) -> bool:
     return rows.dtype == torch.bfloat16 and rows.shape[1] % BLOCK == 0
 
 
+def stored_fp8_linear(
+    x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`x [..., in]` on FP8 weights `[out, in]` with a scale per output (`kernels/fp8.py`)."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.is_cuda and 0 < rows.shape[0] <= fp8_gemm.BEST_UP_TO_ROWS and rows.dtype == torch.bfloat16:
+        out = fp8_gemm.fp8_linear(rows, packed, scales, bias)
+    else:
+        weight = _scratch_matrix(*packed.shape, x)
+        out = F.linear(rows, dequantize_fp8(packed, scales, weight), bias)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
 def stored_int4_linear(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -108,6 +124,12 @@ def _shape_of(
     return x.new_empty(*x.shape[:-1], sum(part_rows))
 
 
+def _fp8_shape_of(
+    x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
 def _int4_shape_of(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -130,8 +152,14 @@ _library.define(
     "Tensor? bias) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
+_library.define(
+    "stored_fp8_linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias) -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
 # No gradients are asked of it: an autograd wrapper would only cost time per call.
 _library.impl("stored_linear", stored_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("tandem::stored_linear", _shape_of, lib=_library)
+_library.impl("stored_fp8_linear", stored_fp8_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("tandem::stored_fp8_linear", _fp8_shape_of, lib=_library)
 _library.impl("stored_int4_linear", stored_int4_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("tandem::stored_int4_linear", _int4_shape_of, lib=_library)

@@ -129,6 +129,16 @@ class Int4LinearMethod(_StoredLinearMethod, LinearMethodBase):
         )
 
 
+class Fp8LinearMethod(_StoredLinearMethod, LinearMethodBase):
+    """FP8 with a scale per output, through `tandem::stored_fp8_linear`."""
+
+    def _bind(self, layer: Any, stacked: Any) -> None:
+        _register(layer, stacked.tensors, "packed")
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.ops.tandem.stored_fp8_linear(x, layer.weight, layer.scales, bias)
+
+
 class DenseLinearMethod(_StoredLinearMethod, UnquantizedLinearMethod):
     """vLLM's own product on the store's matrix."""
 
@@ -180,7 +190,12 @@ class StoredEmbeddingMethod(UnquantizedEmbeddingMethod):
         return logits if bias is None else logits + bias
 
 
-_LINEAR_METHODS = {"nf4": Nf4LinearMethod, "int4": Int4LinearMethod, "bf16": DenseLinearMethod}
+_LINEAR_METHODS = {
+    "nf4": Nf4LinearMethod,
+    "int4": Int4LinearMethod,
+    "fp8": Fp8LinearMethod,
+    "bf16": DenseLinearMethod,
+}
 
 
 @register_quantization_config(QUANTIZATION)
@@ -230,7 +245,7 @@ class StoreLoader(BaseModelLoader):
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         binding = _current()
         binding.bind(model)
-        if elements := binding.largest_linear("nf4"):
+        if elements := max(binding.largest_linear(name) for name in ("nf4", "fp8")):
             reserve_scratch(elements, binding.store.device, model_config.dtype)
 
 

@@ -216,6 +216,7 @@ def test_all_keys_lists_every_field_once() -> None:
         ({"train": {"max_steps": 2.5}}, ["train.max_steps", "given: 2.5"]),
         ({"algorithm": {"name": "ppo"}}, ["algorithm.name", "'grpo'", "'ppo'"]),
         ({"model": "some/model"}, ["model", "'some/model'"]),
+        ({"model": {"load_in_4bit": True, "load_in_8bit": True}}, ["load_in_4bit and model.load_in_8bit are both on"]),
         ({"log": {"report_to": ["wandb", "tensorboard"]}}, ["log.report_to.1", "'tensorboard'"]),
     ],
 )

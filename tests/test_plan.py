@@ -127,6 +127,13 @@ def test_int4_is_as_large_as_the_store_makes_it(shape: tuple[int, int]) -> None:
     assert linear_bytes(Linear("x", *shape), "int4", 2) == sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def test_fp8_is_as_large_as_the_store_makes_it() -> None:
+    from tandem.rl.weight_formats import Fp8Format
+
+    tensors = Fp8Format().quantise([torch.randn(100, 192)], device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert linear_bytes(Linear("x", 100, 192), "fp8", 2) == sum(t.numel() * t.element_size() for t in tensors.values())
+
+
 @pytest.mark.parametrize("config", [LlamaConfig(**TINY), Qwen3Config(**TINY)])
 def test_kv_cache_is_as_large_as_the_one_that_the_model_fills(config: Any) -> None:
     cache = DynamicCache(config=config)

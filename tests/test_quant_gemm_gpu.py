@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from tandem.kernels.fp8 import dequantize_fp8, quantize_fp8
+from tandem.kernels.fp8_gemm import fp8_linear
 from tandem.kernels.int4_marlin import (
     MarlinScratch,
     dequantize_int4,
@@ -121,6 +123,23 @@ def test_nf4_products(name, lookup):
         again = weight.linear(x, out=poisoned(rows, len(dense)), config=config)
         found[rows] = excess(got, x, dense), torch.equal(got, again)
     print(f"nf4 {name} {lookup}: " + ", ".join(f"M={rows} {error:.2f}" for rows, (error, _) in found.items()))
+    assert all(error <= 1 and same for error, same in found.values()), found
+
+
+@pytest.mark.parametrize("name", [*SHAPES, *SMALL])
+def test_fp8_products(name):
+    part_rows, width = (SHAPES | SMALL)[name]
+    dense = torch.randn(sum(part_rows), width, generator=torch.Generator().manual_seed(5)).bfloat16().cuda()
+    packed, scales = quantize_fp8(dense)
+    weight = dequantize_fp8(packed, scales)
+    assert torch.equal(weight, dequantize_fp8(packed, scales, impl="torch"))
+    bias = torch.randn(len(dense), generator=torch.Generator().manual_seed(6)).bfloat16().cuda()
+    found = {}
+    for rows in (1, 3, 16, 17, 32, 64):
+        x = numbers(rows, width)
+        got = fp8_linear(x, packed, scales, bias)
+        found[rows] = excess(got, x, weight, bias.float()), torch.equal(got, fp8_linear(x, packed, scales, bias))
+    print(f"fp8 {name}: " + ", ".join(f"M={rows} {error:.2f}" for rows, (error, _) in found.items()))
     assert all(error <= 1 and same for error, same in found.values()), found
 
 

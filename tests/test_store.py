@@ -607,13 +607,15 @@ class Fixed8Format:
         out.copy_(tensors["bytes"].view(torch.int8)[rows].float() * tensors["scale"])
 
 
-def test_other_formats_go_through_a_layer_that_makes_its_matrix(monkeypatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["fixed8", "fp8"])
+def test_other_formats_go_through_a_layer_that_makes_its_matrix(monkeypatch, tmp_path: Path, format: str) -> None:
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setitem(weight_formats.FORMATS, "fixed8", Fixed8Format())
+    monkeypatch.setattr(weight_formats, "_CHUNK", 1024)
     folder = make("qwen2", tmp_path / "model")
-    opened(folder, tmp_path, format="fixed8")
-    store = opened(folder, tmp_path, format="fixed8")  # from the cache
+    opened(folder, tmp_path, format=format)
+    store = opened(folder, tmp_path, format=format)  # from the cache
     assert store.notes == []
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for stacked in store.linears.values():

@@ -76,12 +76,18 @@ def steps(place: Path, name: str) -> list[dict[str, Any]]:
     return [line for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("weight_format", ["nf4", "int4"])
-def test_a_run_on_four_bits(place, monkeypatch, weight_format):
-    options = [f"model.weight_format={weight_format}", f"run_name={weight_format}"]
-    assert rl_train(place, monkeypatch, *options) == 0
+@pytest.mark.parametrize(
+    ("weight_format", "options"),
+    [
+        ("nf4", ["model.weight_format=nf4"]),
+        ("int4", ["model.weight_format=int4"]),
+        ("fp8", ["model.load_in_4bit=false", "model.load_in_8bit=true"]),
+    ],
+)
+def test_a_run_on_few_bits(place, monkeypatch, weight_format, options):
+    assert rl_train(place, monkeypatch, *options, f"run_name={weight_format}") == 0
     assert [path for path in (place / "cache" / "store").iterdir() if f"-{weight_format}-" in path.name]
-    assert rl_train(place, monkeypatch, *options[:1], f"run_name={weight_format}-fused", "train.fused_layers=true") == 0
+    assert rl_train(place, monkeypatch, *options, f"run_name={weight_format}-fused", "train.fused_layers=true") == 0
     own, fused = steps(place, weight_format), steps(place, f"{weight_format}-fused")
     assert len(own) == len(fused) == 3
     # The same rollouts through the model's own forward and through the fused layers.

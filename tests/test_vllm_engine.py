@@ -392,7 +392,10 @@ def test_an_adapter_on_the_head_is_refused(folder, lm):
         policy_parts(headed.causal_lm)
 
 
-def choose(lm, kind="auto", *, store="a store", build=None, why=None):
+STORE = SimpleNamespace(format="nf4")
+
+
+def choose(lm, kind="auto", *, store=STORE, build=None, why=None):
     said: list[str] = []
     engine = open_engine(
         kind,
@@ -428,6 +431,9 @@ def test_the_best_engine_that_works_is_chosen_and_its_price_named(lm, monkeypatc
     def nothing(*_, **__):
         raise ValueError("no kernel image")
 
+    others = SimpleNamespace(format="fp8")
+    with pytest.raises(UserError, match="vLLM has no fp8 of its own that would be the same weights"):
+        choose(lm, "vllm", store=others, build=only_a_copy)
     assert choose(lm, build=nothing) == ("transformers", []), "on a CPU nobody expects vLLM"
     with pytest.raises(UserError, match="no kernel image"):
         choose(lm, "vllm", build=nothing)

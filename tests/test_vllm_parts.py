@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tandem.kernels.fp8 import dequantize_fp8, quantize_fp8
 from tandem.kernels.nf4 import write_nf4_stack
 from tandem.rl.errors import UserError
 from tandem.rollout.policy_adapter import InPlacePush, LoraPart, PolicyNames, Stacks, buffer_rank
@@ -310,6 +311,21 @@ def test_the_operator_multiplies_by_what_bitsandbytes_stored(nested):
     torch.library.opcheck(
         torch.ops.tandem.stored_linear.default,
         (x, *arguments, rows, bias),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_the_operator_for_fp8_multiplies_by_what_is_stored():
+    packed, scales = quantize_fp8(torch.randn(88, 120, generator=torch.Generator().manual_seed(1)).bfloat16())
+    weight = dequantize_fp8(packed, scales)
+    x = torch.randn(2, 3, 120, generator=torch.Generator().manual_seed(9)).bfloat16()
+    bias = torch.randn(88).bfloat16()
+    for b in (None, bias):
+        got = torch.ops.tandem.stored_fp8_linear(x, packed, scales, b)
+        assert torch.equal(got, F.linear(x.view(-1, 120), weight, b).view(2, 3, -1))
+    torch.library.opcheck(
+        torch.ops.tandem.stored_fp8_linear.default,
+        (x, packed, scales, bias),
         test_utils=("test_schema", "test_faketensor"),
     )
 
