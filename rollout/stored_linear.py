@@ -79,7 +79,7 @@ def stored_fp8_linear(
     if rows.is_cuda and 0 < rows.shape[0] <= fp8_gemm.BEST_UP_TO_ROWS and rows.dtype == torch.bfloat16:
         out = fp8_gemm.fp8_linear(rows, packed, scales, bias)
     else:
-        weight = _scratch_matrix(*packed.shape, x)
+        weight = _scratch_matrix(packed.shape[0], packed.shape[1], x)
         out = F.linear(rows, dequantize_fp8(packed, scales, weight), bias)
     return out.view(*x.shape[:-1], out.shape[-1])
 
