@@ -31,6 +31,9 @@ app = typer.Typer(
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML config.", metavar="CONFIG")]
 RunPath = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
+ChangedModel = Annotated[
+    bool, typer.Option("--changed-model", help="Go on although the base model is not the one of the run's start.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values that replace the config's.", metavar="section.key=value …")
 ]
@@ -57,18 +60,21 @@ def resume(
     changed_data: Annotated[
         bool, typer.Option("--changed-data", help="Go on although the data set is not the one of before.")
     ] = False,
+    changed_model: ChangedModel = False,
 ) -> None:
     """Go on with a run from its newest whole checkpoint."""
     config = load_run_config(run, overrides)
-    if not _commands().resume(run, config, console=_console(), accept_changed_data=changed_data):
+    if not _commands().resume(
+        run, config, console=_console(), accept_changed_data=changed_data, accept_changed_model=changed_model
+    ):
         raise typer.Exit(1)
 
 
 @app.command()
-def replay(run: RunPath, overrides: Overrides = None) -> None:
+def replay(run: RunPath, overrides: Overrides = None, changed_model: ChangedModel = False) -> None:
     """Train anew from a run's journal alone: the same rollouts, another objective."""
     config = load_run_config(run, overrides)
-    if not _commands().replay(run, config, console=_console()):
+    if not _commands().replay(run, config, console=_console(), accept_changed_model=changed_model):
         raise typer.Exit(1)
 
 
@@ -78,11 +84,12 @@ def evaluate(
         Path, typer.Argument(help="A run folder, or a config for the untrained model.", metavar="RUN|CONFIG")
     ],
     overrides: Overrides = None,
+    changed_model: ChangedModel = False,
 ) -> None:
     """Held-out score of a run's adapter, or of a config's model before training."""
     run = target if target.is_dir() else None
     config = load_run_config(run, overrides) if run else load_config(target, overrides)
-    _commands().evaluate_run(config, run, console=_console())
+    _commands().evaluate_run(config, run, console=_console(), accept_changed_model=changed_model)
 
 
 @app.command()

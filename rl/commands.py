@@ -22,6 +22,7 @@ from tandem.rl.inputs import Inputs, prepare, prepare_replay
 from tandem.rl.journal import drop_after, write_rollouts
 from tandem.rl.lora import load_adapter, trainable
 from tandem.rl.memory_metrics import MemoryMeter, planned_memory
+from tandem.rl.model_identity import keep_model, model_facts, other_model
 from tandem.rl.open_model import open_model, show_sizes
 from tandem.rl.optim import make_optimizer
 from tandem.rl.parity import check_engine
@@ -53,19 +54,32 @@ def run(config: Config, *, dry_run: bool, console: Console) -> bool:
         with _new_folder(config, run_dir, console):
             if distributed.is_main():
                 keep_or_compare(run_dir, inputs.data)
+                keep_model(run_dir, model_facts(config.model))
             return _train(config, run_dir, inputs, State(), None, console)
 
 
-def resume(run_dir: Path, config: Config, *, console: Console, accept_changed_data: bool = False) -> bool:
+def resume(
+    run_dir: Path,
+    config: Config,
+    *,
+    console: Console,
+    accept_changed_data: bool = False,
+    accept_changed_model: bool = False,
+) -> bool:
     """`rl-train resume`: go on from the newest whole checkpoint, or from the start if there is none yet."""
     with _processes(config, console) as console, _locked(run_dir, console):
         checkpoint = distributed.broadcast(whole_checkpoint(run_dir, console.warn) if distributed.is_main() else None)
         state = read_state(checkpoint) if checkpoint else State()
         inputs = prepare(config, console)
         if distributed.is_main():
+            facts = model_facts(config.model)
+            changed = other_model(run_dir, config.model, facts, console, accept_changes=accept_changed_model)
             for change in keep_or_compare(run_dir, inputs.data, accept_changes=accept_changed_data):
                 console.warn(change)
                 unscored_path(run_dir).unlink(missing_ok=True)  # of the old rows
+            if changed:
+                _forget_generated(run_dir, state)
+            keep_model(run_dir, facts)
             save_config(config, run_dir / "config.yaml")
         start = (
             f"resuming {run_dir} after step {state.step}"
@@ -76,17 +90,27 @@ def resume(run_dir: Path, config: Config, *, console: Console, accept_changed_da
         return _train(config, run_dir, inputs, state, checkpoint, console, resumed=True)
 
 
-def replay(source: Path, config: Config, *, console: Console) -> bool:
+def _forget_generated(run_dir: Path, state: State) -> None:
+    """Drop what was generated and not learned from: another model's completions."""
+    unscored_path(run_dir).unlink(missing_ok=True)
+    learned = Mark(state.journal_rollouts, state.journal_bytes)
+    RolloutJournal(run_dir, learned, source="").cut(learned)
+
+
+def replay(source: Path, config: Config, *, console: Console, accept_changed_model: bool = False) -> bool:
     """`rl-train replay`: train a new run from the journal of another one alone."""
     recorded = survey(source, console)
     config = replay_config(config, source, recorded)
     with _processes(config, console) as console:
         inputs = prepare_replay(config, recorded.prompts, console)
+        facts = model_facts(config.model)
+        other_model(source, config.model, facts, console, accept_changes=accept_changed_model)
         config = distributed.broadcast(_with_free_folder(config, console))
         with _new_folder(config, config.run_dir, console, copied=("journal.jsonl",)):
             console.note(f"{recorded.rollouts} rollouts from the journal of {source}")
             if distributed.is_main():
                 fill(source, config.run_dir, config)
+                keep_model(config.run_dir, facts)
             return _train(config, config.run_dir, inputs, State(), None, console)
 
 
@@ -115,7 +139,8 @@ def _new_folder(config: Config, run_dir: Path, console: Console, *, copied: tupl
         raise
 
 
-_BEFORE_THE_FIRST_STEP = {"config.yaml", "config.yaml.tmp", "data.json", "data.json.tmp", ".lock"}
+_RECORDS = ("config.yaml", "data.json", "model.json")
+_BEFORE_THE_FIRST_STEP = {".lock", *_RECORDS, *(f"{name}.tmp" for name in _RECORDS)}
 
 
 def _has_begun(run_dir: Path, known: set[str]) -> bool:
@@ -150,7 +175,9 @@ def _processes(config: Config, console: Console) -> Iterator[Console]:
         distributed.finish()
 
 
-def evaluate_run(config: Config, run_dir: Path | None, *, console: Console) -> dict[str, float]:
+def evaluate_run(
+    config: Config, run_dir: Path | None, *, console: Console, accept_changed_model: bool = False
+) -> dict[str, float]:
     """`rl-train eval`: the held-out score of a run's adapter, or of a config's model as it is before training."""
     if config.eval.dataset_name is None:
         raise UserError("the config has no evaluation data", fix="set eval.dataset_name")
@@ -160,6 +187,8 @@ def evaluate_run(config: Config, run_dir: Path | None, *, console: Console) -> d
             fix="evaluate with a config whose rewards section says what is good",
         )
     inputs = prepare(config, console)
+    if run_dir:
+        other_model(run_dir, config.model, model_facts(config.model), console, accept_changes=accept_changed_model)
     lm, engine, stop, config = open_model(config, inputs, console)
     if run_dir:
         load_adapter(lm, _adapter_folder(run_dir))

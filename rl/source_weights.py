@@ -39,6 +39,31 @@ def checkpoint_folder(source: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
+def weight_files(folder: Path) -> list[str]:
+    """The names of a checkpoint's safetensors files: those that its index lists, where it has one.
+
+    Raises:
+        UserError: there are none, or the index cannot be read.
+    """
+    if (folder / _INDEX).is_file():
+        try:
+            listed = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+            files = sorted({str(name) for name in listed})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / _INDEX} cannot be read: {cause(error)}") from error
+    elif (folder / "model.safetensors").is_file():
+        files = ["model.safetensors"]
+    else:
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"{folder} has no .safetensors file",
+            reason="weights are read from safetensors, tensor by tensor",
+            fix="save the model with save_pretrained(..., safe_serialization=True)",
+        )
+    return files
+
+
 class SourceWeights:
     """A checkpoint's tensors by name. Reading maps the file: a tensor takes host memory only while it is copied.
 
@@ -48,7 +73,7 @@ class SourceWeights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = self._find()
+        self._files = weight_files(folder)
         self._shards: dict[str, Any] = {name: self._open(name) for name in self._files}
         self._shard_of = {key: name for name, shard in self._shards.items() for key in shard.keys()}  # noqa: SIM118
 
@@ -139,25 +164,6 @@ class SourceWeights:
         levels = self.read(f"{weight}.quant_map").float()
         if levels.numel() != 16 or not torch.equal(levels, torch.tensor(NF4_LEVELS, dtype=torch.float32)):
             raise _unsupported(f"{weight} has a quant_map of its own", "only NF4's sixteen levels are computed with")
-
-    def _find(self) -> list[str]:
-        if (self.folder / _INDEX).is_file():
-            try:
-                listed = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-            except (ValueError, KeyError) as error:
-                raise UserError(f"{self.folder / _INDEX} cannot be read: {cause(error)}") from error
-            files = sorted(set(listed))
-        elif (self.folder / "model.safetensors").is_file():
-            files = ["model.safetensors"]
-        else:
-            files = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(
-                f"{self.folder} has no .safetensors file",
-                reason="weights are read from safetensors, tensor by tensor",
-                fix="save the model with save_pretrained(..., safe_serialization=True)",
-            )
-        return files
 
     def _open(self, name: str) -> Any:
         from safetensors import SafetensorError, safe_open

@@ -29,13 +29,9 @@ def resolve_model(name: str) -> str:
     Raises:
         UserError: a package or file that is named does not exist, or a GGUF file cannot be converted.
     """
-    if name.startswith("pkg://"):
-        return str(_converted(_package_file(name)))
+    if (file := gguf_file(name)) is not None:
+        return str(_converted(file))
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"model.model_name_or_path {name!r}: there is no such file")
-        return str(_converted(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(
@@ -47,6 +43,22 @@ def resolve_model(name: str) -> str:
     if path.is_absolute() or name.startswith((".", "~")):
         raise UserError(f"model.model_name_or_path {name!r}: there is no such folder", fix="check the path")
     return name
+
+
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file that `model.model_name_or_path` names; None where it names a folder or a hub id.
+
+    Raises:
+        UserError: the package or file does not exist.
+    """
+    if name.startswith("pkg://"):
+        return _package_file(name)
+    path = Path(name).expanduser()
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        raise UserError(f"model.model_name_or_path {name!r}: there is no such file")
+    return path
 
 
 def _package_file(url: str) -> Path:
@@ -73,9 +85,7 @@ def _package_file(url: str) -> Path:
 
 def _converted(file: Path) -> Path:
     """The Hugging Face folder made from a GGUF file; made once, beside and renamed, so that it is whole or absent."""
-    facts = file.stat()
-    digest = _digest(file, facts.st_size, facts.st_mtime_ns)
-    target = cache_dir() / "gguf" / f"{file.stem}-{digest}"
+    target = cache_dir() / "gguf" / f"{file.stem}-{gguf_digest(file)}"
     if (target / "config.json").is_file():
         return target
     if importlib.util.find_spec("gguf") is None:
@@ -95,10 +105,17 @@ def _converted(file: Path) -> Path:
     return target
 
 
+def gguf_digest(file: Path) -> str:
+    """The first 16 digits of the SHA-256 of a file's content."""
+    facts = file.stat()
+    return _digest(file, facts.st_size, facts.st_mtime_ns)
+
+
 @functools.cache
 def _digest(file: Path, size: int, mtime_ns: int) -> str:
-    """Of the content. A model is resolved several times at start-up, and reading a file of this size takes its time."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    """A model is resolved several times at start-up, and reading a file of this size takes its time."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def _convert(file: Path, into: Path) -> None:

@@ -381,10 +381,11 @@ def test_run_config(place: Place, trained: Path, tmp_path: Path, fault: str) -> 
 
 
 @pytest.mark.parametrize("fault", ["empty", "list", "number", "null", "text", "bytes", "half"])
-def test_data_fingerprints(place: Place, trained: Path, tmp_path: Path, fault: str) -> None:
+@pytest.mark.parametrize("name", ["data.json", "model.json"])
+def test_fingerprints(place: Place, trained: Path, tmp_path: Path, name: str, fault: str) -> None:
     run = Path(shutil.copytree(trained, tmp_path / "run"))
-    spoil(run / "data.json", FILE_FAULTS[fault])
-    place.refused("run folder", "data.json", "resume", run, unchanged=run)
+    spoil(run / name, FILE_FAULTS[fault])
+    place.refused("run folder", name, "resume", run, unchanged=run)
 
 
 @pytest.mark.parametrize("fault", ["missing", "empty", "text", "bytes"])

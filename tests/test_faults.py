@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from run_server import RunServer
+from safetensors.torch import load_file, save_file
 from tiny_run import outcome, write_lines, write_place
 
 from tandem.rl.checkpoint import damage
@@ -338,6 +339,68 @@ def test_changed_data_are_refused_with_both_fingerprints(bench: Bench) -> None:
         assert "resuming" in bench.resumed(run, "train.max_steps=7"), "the new data are the run's own now"
     finally:
         (bench.folder / "prompts.jsonl").write_text(rows)
+
+
+@pytest.fixture
+def other_weights(bench: Bench) -> Iterator[str]:
+    """Other weights under the path that the runs know; gives what was recorded of the ones before."""
+    weights = bench.folder / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    tensors = load_file(weights)
+    name = next(name for name in tensors if "q_proj" in name)
+    save_file(tensors | {name: tensors[name] * 1.5}, weights, metadata={"format": "pt"})
+    yield json.loads((bench.run / "model.json").read_text())["model.safetensors"]
+    weights.write_bytes(before)
+
+
+def test_other_weights_under_the_same_path_are_refused(bench: Bench, other_weights: str) -> None:
+    run = bench.copy("other_weights")
+    left = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    for command in ("resume", "replay", "eval"):
+        code, said = bench.server.run(command, run, no_report=True)
+        assert (code, "Traceback" in said) == (2, False), said
+        ((now, before),) = re.findall(r"model.safetensors: (.*); the run was started with (.*)", said)
+        assert now != before == other_weights
+        assert "--changed-model" in said
+        assert {p: p.read_bytes() for p in left} == left
+    assert not run.with_name("other_weights-replay").exists()
+    for command in ("replay", "eval"):
+        code, said = bench.server.run(command, run, "--changed-model", no_report=True)
+        assert code == 0, said
+        assert "has changed" in said
+
+
+def test_another_model_is_taken_where_it_is_meant(bench: Bench) -> None:
+    """What the old one has generated is not learned from then."""
+    run = bench.killed("meant", bench.touch_of("open", "journal.jsonl", 3) + 1)
+    recorded = json.loads((run / "model.json").read_text())
+    settings = bench.folder / "model" / "config.json"
+    before = settings.read_text()
+    try:
+        settings.write_text(json.dumps({**json.loads(before), "rms_norm_eps": 1e-3}))
+        said = bench.resumed(run, "--changed-model", patch=COUNT_GENERATIONS)
+        assert "config.json: sha256" in said
+        assert len(re.findall(r"GENERATES \d", said)) == 1
+        now = json.loads((run / "model.json").read_text())
+        assert [name for name in recorded if recorded[name] != now[name]] == ["config.json"]
+        bench.resumed(run, "train.max_steps=7")  # it is the run's own model now
+    finally:
+        settings.write_text(before)
+
+
+@pytest.mark.injects(0)
+def test_a_model_that_has_moved_is_the_same(bench: Bench, tmp_path: Path) -> None:
+    moved = shutil.copytree(bench.folder / "model", tmp_path / "moved", copy_function=shutil.copyfile)
+    said = bench.resumed(bench.copy("moved"), f"model.model_name_or_path={moved}", "train.max_steps=7")
+    assert "base model" not in said
+
+
+@pytest.mark.injects(0)
+def test_a_run_without_a_record_of_its_model_goes_on_and_has_one(bench: Bench) -> None:
+    run = bench.killed("unrecorded", bench.touch_of("open", "journal.jsonl", 3) + 1)
+    (run / "model.json").unlink()
+    assert "cannot be told" in " ".join(bench.resumed(run).split())
+    bench.same_end(run)
 
 
 def test_jumps_of_the_clock_change_nothing(bench: Bench) -> None:

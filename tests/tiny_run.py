@@ -64,7 +64,7 @@ def outcome(run: Path) -> dict[str, Any]:
     state = json.loads((newest / "state.json").read_text())
     state.pop("seconds")
     files = [*(run / "adapter").iterdir(), *(run / "rollouts").glob("*"), *newest.glob("*.safetensors")]
-    files += [path for path in (run / "journal.jsonl", run / "data.json") if path.exists()]
+    files += [path for path in (run / "journal.jsonl", run / "data.json", run / "model.json") if path.exists()]
     summary = json.loads((run / "summary.json").read_text())
     return {
         "files": {str(p.relative_to(run)): p.read_bytes() for p in sorted(files)},
