@@ -46,11 +46,6 @@ def steps(run: Path) -> list[dict[str, Any]]:
     return [one for one in records if "reward" in one]
 
 
-def rollouts(run: Path) -> list[dict[str, Any]]:
-    files = sorted((run / "rollouts").glob("step_*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.mark.parametrize("name", ["code_reward", "calculator_tool", "guessing_game"])
 def test_an_example_runs(name: str, tmp_path: Path) -> None:
     done, place = run(name, tmp_path)
@@ -64,11 +59,9 @@ def test_an_example_runs(name: str, tmp_path: Path) -> None:
     assert any(one["grad_norm"] > 0 for one in found)
     if name == "code_reward":  # whose reward is called for groups that are finished while others generate
         return
-    # Tool results and the environment's messages stand in episodes, and carry no loss.
+    # What tools and games said lies between the turns, in the same episode.
     assert sum(one["episodes/mean_turns"] for one in found) > STEPS
-    told = [row for row in rollouts(place) if len(row["completion"]) > 1]
-    assert told, "no episode had a second turn"
-    assert {message["role"] for row in told for message in row["completion"]} >= {"assistant"}
+    assert all(one["episodes/failed_ratio"] == 0 for one in found)
 
 
 def test_dynamic_sampling(tmp_path: Path) -> None:
