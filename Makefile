@@ -57,7 +57,7 @@ types: $(VENV)/.dev
 dev: $(VENV)/.dev ## .venv with all tools of a developer
 	@echo '==> ready: . $(BIN)/activate'
 
-docs: $(VENV)/.demo ## write the tables in docs/config.md and docs/plan.md anew
+docs: $(VENV)/.demo ## write the tables in docs/config.md, from-trl.md and plan.md anew
 	@$(BIN)/python docs/make_config_table.py
 	@$(BIN)/python docs/make_plan_table.py
 

@@ -1,6 +1,6 @@
-"""Writes `config.md`, the reference of every config key, from the models in `rl/config.py`.
+"""Writes `config.md`, the reference of every key, from the models in `rl/config.py`, and the table in `from-trl.md`.
 
-Run it after a change there (`make docs`); a test compares the file with what this module renders.
+Run it after a change there (`make docs`); tests compare the files with what this module renders.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from tandem.rl.config import Config
+from tandem.rl.trl_keys import INSTEAD
 
 TARGET = Path(__file__).parent / "config.md"
+FROM_TRL = Path(__file__).parent / "from-trl.md"
+BEGIN, END = "<!-- trl-keys -->", "<!-- /trl-keys -->"
 
 _HEAD = """\
 # Configuration
@@ -50,6 +53,21 @@ def render() -> str:
             for entry in filter(_is_model, get_args(inner.annotation)):
                 parts.append(_section(f"`{key}.{field}` (each entry)", entry))
     return "\n".join(parts)
+
+
+def trl_table() -> str:
+    """TRL's keys by what is written instead, in the order of `trl_keys.py`."""
+    keys: dict[str, list[str]] = {}
+    for key, instead in INSTEAD.items():
+        keys.setdefault(instead, []).append(f"`{key}`")
+    lines = ["| there | here |", "| --- | --- |"]
+    return "\n".join(lines + [f"| {', '.join(names)} | {instead} |" for instead, names in keys.items()])
+
+
+def with_trl_table(text: str) -> str:
+    """The text of `from-trl.md` with its table written anew."""
+    head, _, rest = text.partition(BEGIN)
+    return f"{head}{BEGIN}\n{trl_table()}\n{END}{rest.partition(END)[2]}"
 
 
 def _section(title: str, model: type[BaseModel], leave_out: Collection[str] = ()) -> str:
@@ -118,4 +136,5 @@ def _one_line(text: str) -> str:
 
 if __name__ == "__main__":
     TARGET.write_text(render(), encoding="utf-8")
-    print(f"wrote {TARGET}")
+    FROM_TRL.write_text(with_trl_table(FROM_TRL.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"wrote {TARGET} and {FROM_TRL}")

@@ -160,6 +160,7 @@ def plan(
 def main() -> None:
     """Entry point: turns a user's mistake into one clear message and exit code 2."""
     try:
+        _refuse_dashes(sys.argv[1:])
         app()
     except UserError as error:
         _say(f"error: {error}")
@@ -172,6 +173,23 @@ def main() -> None:
             raise
         _say(f"error: cannot write: {error}\nFix: make room or the folder writable; then rl-train resume the run")
         sys.exit(2)
+
+
+def _refuse_dashes(arguments: list[str]) -> None:
+    """`--train.max_steps=3` or `--max_steps 3`, as other trainers write it, is told how it is written here."""
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        # No option of ours holds a dot or an underscore.
+        if not argument.startswith("--") or not ("." in name or "_" in name):
+            continue
+        from tandem.rl.config_file import all_keys, full_name
+
+        if "." in name or name in dict(all_keys()):
+            key = name if "." in name else full_name(name)
+            raise UserError(
+                f"--{name} is no option",
+                fix=f"values of the config stand without dashes: {key}={value if equals else 'VALUE'}",
+            )
 
 
 def _say(text: str) -> None:

@@ -136,6 +136,13 @@ class Config(Section):
                 f"train.generation_batch_size is {batch}, which is no multiple of rollout.num_generations ({group}): "
                 f"groups must be whole, so use {max(batch // group, 1) * group} or {(batch // group + 1) * group}"
             )
+        size, default = self.train.per_device_train_batch_size, TrainConfig().per_device_train_batch_size
+        if size != default:
+            raise ValueError(
+                f"train.per_device_train_batch_size is {size}, which {self.algorithm.name} does not use: set "
+                "train.generation_batch_size (completions of a rollout) and train.steps_per_generation (updates that "
+                "share them); memory is bounded by train.max_tokens"
+            )
         prompts = batch // group
         if prompts % self.train.steps_per_generation:
             raise ValueError(

@@ -14,6 +14,7 @@ from tandem.rl.config import Config
 from tandem.rl.errors import UserError
 from tandem.rl.journal import write_whole
 from tandem.rl.secrets_check import refuse_secrets
+from tandem.rl.trl_keys import INSTEAD
 
 _FUNCTION_LISTS = ("reward_funcs", "watch_funcs")
 # Fields whose value may name a file beside the config.
@@ -28,6 +29,15 @@ _PATH_KEYS = {
     "schema_file",
     "factory",
     "tools",
+}
+
+# What people look for in algorithm.name or loss_type, and where it stands.
+_OTHER_KEY = {
+    "gspo": "algorithm.importance_sampling_level: sequence",
+    "rloo": "algorithm.advantage_estimator: rloo",
+    "reinforce_plus_plus": "algorithm.advantage_estimator: reinforce_plus_plus",
+    "kto": "algorithm.name: dpo with preference.loss_type: kto",
+    "orpo": "algorithm.name: dpo with preference.loss_type: orpo",
 }
 
 
@@ -162,25 +172,30 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         name = str(error["loc"][-1])
         elsewhere = dict(all_keys())
+        if name in INSTEAD and name not in elsewhere:
+            return f"unknown key {where!r}; for TRL's {name}: {INSTEAD[name].replace('`', '')} (docs/from-trl.md)"
         section = ".".join(str(p) for p in error["loc"][:-1])
         own = [k for k, full in all_keys() if full.rpartition(".")[0] == section]
         # The exact name of another section's key says more than a similar name in this section.
         near = [name] if name in elsewhere else difflib.get_close_matches(name, own, n=1, cutoff=0.6)
         near = near or difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.7)
-        hint = f"; did you mean {_full_name(near[0], section)!r}?" if near else f"; keys here are {', '.join(own)}"
+        hint = f"; did you mean {full_name(near[0], section)!r}?" if near else f"; keys here are {', '.join(own)}"
         return f"unknown key {where!r}{hint}"
     if error["type"] == "missing":
         return f"{where} is missing"
     message = error["msg"].removeprefix("Value error, ")
     if not where:
         return message
+    if error["type"] == "literal_error" and (hint := _OTHER_KEY.get(str(error["input"]))):
+        message += f"; {error['input']} is {hint}"
     given = f" (given: {error['input']!r})" if not isinstance(error["input"], dict) else ""
     return f"{where}: {message}{given}"
 
 
-def _full_name(key: str, section: str) -> str:
+def full_name(key: str, section: str = "") -> str:
+    """A key's dotted name, in that section if it is there, else where it stands first; itself where it is unknown."""
     names = [full for k, full in all_keys() if k == key]
-    return next((n for n in names if n.rpartition(".")[0] == section), names[0])
+    return next((n for n in names if n.rpartition(".")[0] == section), names[0] if names else key)
 
 
 def all_keys() -> Iterator[tuple[str, str]]:

@@ -47,12 +47,18 @@ def read_rollouts(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                record = json.loads(line)
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number} is no JSON: {error.msg} at character {error.pos}") from None
                 if not isinstance(record, dict):
                     raise ValueError(f"line {number} holds {type(record).__name__}, not an object")
                 records.append(_map_strings(record, unescaped))
     except (OSError, ValueError) as error:  # JSON and Unicode errors are ValueErrors
-        raise UserError(f"cannot read the rollouts in {str(path)!r}: {error}") from error
+        raise UserError(
+            f"cannot read the rollouts in {str(path)!r}: {error}",
+            fix="give JSON lines, one object with prompt and completion in each, or a run's rollouts/*.jsonl",
+        ) from error
     return records
 
 

@@ -242,7 +242,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
     except Exception as error:  # a damaged file makes the libraries raise anything; reported with its cause
         raise UserError(
             f"cannot load the tokenizer of {config.model_name_or_path!r}: {_first_lines(error)}",
-            fix="the model's folder must hold its tokenizer files (tokenizer.json, tokenizer_config.json)",
+            fix="the model's folder must hold its tokenizer files (tokenizer.json, tokenizer_config.json)"
+            if Path(source).is_dir()
+            else "check the hub id and the connection (HF_HUB_OFFLINE forbids it), or give the folder of a model",
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -601,6 +601,12 @@ def test_dry_run_shows_the_plan(place: Path) -> None:
         ("rewards.reward_funcs=[rewards.py:short]", ("'short'", "returned 1 values for")),
         ("rewards.reward_funcs=[rewards.py:not_a_number]", ("'not_a_number'", "nan")),
         ("rewards.reward_funcs=[no_rewards.py:low]", ("no_rewards.py",)),
+        ("train.per_device_train_batch_size=4", ("per_device_train_batch_size is 4", "train.generation_batch_size")),
+        ("algorithm.name=gspo", ("gspo is algorithm.importance_sampling_level: sequence",)),
+        ("rollout.use_vllm=true", ("unknown key 'rollout.use_vllm'", "rollout.engine: vllm", "docs/from-trl.md")),
+        ("--train.max_steps=3", ("--train.max_steps is no option", "without dashes: train.max_steps=3")),
+        ("--learning_rate=1e-5", ("--learning_rate is no option", "optim.learning_rate=1e-5")),
+        ("model.model_name_or_path=nobody/no-model", ("nobody/no-model", "HF_HUB_OFFLINE")),
     ],
 )
 def test_a_mistake_is_one_message(place: Path, tmp_path: Path, override: str, parts: tuple[str, ...]) -> None:

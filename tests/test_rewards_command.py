@@ -167,7 +167,7 @@ def test_a_broken_reward_is_reported_and_the_others_are_shown(place: Path) -> No
     ("content", "message"),
     [
         ("", "holds no completions"),
-        ("not json\n", "cannot read the rollouts"),
+        ('{"prompt": "a", "completion": "b"}\nnot json\n', "line 2 is no JSON"),
         ('{"prompt": "a"}\n', "line 1: 'completion' is None"),
         ('{"prompt": [], "completion": "a"}\n', "line 1: 'prompt' is []"),
         ("[1]\n", "not an object"),
