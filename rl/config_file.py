@@ -186,8 +186,8 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if not where:
         return message
-    if error["type"] == "literal_error" and (hint := _OTHER_KEY.get(str(error["input"]))):
-        message += f"; {error['input']} is {hint}"
+    if error["type"] == "literal_error" and (other := _OTHER_KEY.get(str(error["input"]))):
+        message += f"; {error['input']} is {other}"
     given = f" (given: {error['input']!r})" if not isinstance(error["input"], dict) else ""
     return f"{where}: {message}{given}"
 
