@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from kernel_cases import Case, Sizes, System, Tensors, random
 
-from tandem.kernels import packed_attention
+from tandem.kernels import pack_layout, packed_attention
 
 
 def packed_attention_both(sizes: Sizes, device: torch.device) -> list[Case]:
     """Forward and backward of one causal sequence, of a pack of short ones, and of completions that share a prompt."""
-    Family = packed_attention.Family
+    Family = pack_layout.Family
     step, prompt, stop = sizes.segment, sizes.prompt, sizes.prompt + sizes.group * sizes.completion
     short = [Family((a, a + step)) for a in range(0, sizes.rows, step)]
     children = tuple((a, a + sizes.completion) for a in range(prompt, stop, sizes.completion))
@@ -27,7 +27,7 @@ def packed_attention_both(sizes: Sizes, device: torch.device) -> list[Case]:
     return cases
 
 
-def _attention(sizes: Sizes, device, shape: str, families: list[packed_attention.Family]) -> Case:
+def _attention(sizes: Sizes, device, shape: str, families: list[pack_layout.Family]) -> Case:
     heads, kv_heads, dim = sizes.heads, sizes.kv_heads, sizes.head_dim
     tokens, scale = families[-1].end, sizes.head_dim**-0.5
     repeat = heads // kv_heads
@@ -49,7 +49,7 @@ def _attention(sizes: Sizes, device, shape: str, families: list[packed_attention
 
         return prepare
 
-    layout = packed_attention.PackLayout(families)
+    layout = pack_layout.PackLayout(families)
     systems = {"tandem": system(functools.partial(packed_attention.packed_attention, layout=layout, scale=scale))}
     if len(families) == 1 and not families[0].children:
         systems["torch"] = system(_causal(scale, None))
@@ -63,7 +63,7 @@ def _attention(sizes: Sizes, device, shape: str, families: list[packed_attention
     return Case(shape, tokens, device, "operations", 14 * pairs * heads * dim, formula, inputs, systems)
 
 
-def _pairs(family: packed_attention.Family) -> int:
+def _pairs(family: pack_layout.Family) -> int:
     root = family.root[1] - family.root[0]
     return root * (root + 1) // 2 + sum((b - a) * (b - a + 1) // 2 + (b - a) * root for a, b in family.children)
 
@@ -97,7 +97,7 @@ class _Owners(NamedTuple):
         return (self.family[i] == self.family[j]) & (j <= i) & own
 
 
-def _owners(families: list[packed_attention.Family], device: torch.device) -> _Owners:
+def _owners(families: list[pack_layout.Family], device: torch.device) -> _Owners:
     rows = []
     for number, family in enumerate(families):
         for a, b in (family.root, *family.children):
@@ -106,7 +106,7 @@ def _owners(families: list[packed_attention.Family], device: torch.device) -> _O
     return _Owners(*columns)
 
 
-def _masked(families: list[packed_attention.Family], scale: float, repeat: int) -> Callable[..., torch.Tensor]:
+def _masked(families: list[pack_layout.Family], scale: float, repeat: int) -> Callable[..., torch.Tensor]:
     """PyTorch's attention with a dense mask over the pack, keys and values repeated as Hugging Face does."""
 
     @functools.cache
@@ -121,7 +121,7 @@ def _masked(families: list[packed_attention.Family], scale: float, repeat: int) 
     return attention
 
 
-def _flex(families: list[packed_attention.Family], scale: float) -> Callable[..., torch.Tensor]:
+def _flex(families: list[pack_layout.Family], scale: float) -> Callable[..., torch.Tensor]:
     """PyTorch's FlexAttention, compiled, with the pack's mask in blocks."""
 
     @functools.cache
@@ -139,7 +139,7 @@ def _flex(families: list[packed_attention.Family], scale: float) -> Callable[...
     return attention
 
 
-def _rows(family: packed_attention.Family, scale: float) -> System:
+def _rows(family: pack_layout.Family, scale: float) -> System:
     """What a trainer without shared prompts does: a row for every completion, each with the prompt of its own."""
     (start, stop), children = family.root, family.children
     assert len({b - a for a, b in children}) == 1, "completions of one length need no padding"

@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from tandem.kernels.pack_layout import Family, PackLayout
 from tandem.kernels.reference import wide
-
-if TYPE_CHECKING:
-    from tandem.kernels.packed_attention import Family, PackLayout
 
 # Scores of one block, all heads together: what a CPU's caches hold, and what keeps a GPU busy (128 MiB of float32).
 CPU_TILE = 1 << 19

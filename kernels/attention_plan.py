@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from tandem.kernels.attention_blocked import Gradients, Scoring, blocked_backward, blocked_forward
+from tandem.kernels.pack_layout import Family, PackLayout
 from tandem.kernels.reference import Impl, picks_triton, wide
 
 try:
@@ -28,9 +29,6 @@ try:
     import triton.language as tl
 except ImportError:  # the twin answers where Triton does not exist
     triton = None
-
-if TYPE_CHECKING:
-    from tandem.kernels.packed_attention import Family, PackLayout
 
 # Segments from this length on are long: a call each, to cuDNN.
 LONG_SEGMENT = 2048

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd.function import once_differentiable
 
-from tandem.kernels.packed_attention import PackLayout
+from tandem.kernels.pack_layout import PackLayout
 from tandem.rl.config import TrainConfig
 from tandem.rl.errors import UserError
 from tandem.rl.families import Layer, ModelSpec, Norm, describe

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from tandem.kernels.packed_attention import PackLayout, attention_backward, attention_forward
+from tandem.kernels.pack_layout import PackLayout
+from tandem.kernels.packed_attention import attention_backward, attention_forward
 from tandem.kernels.row_copy import copy_rows
 from tandem.rl.families import Layer, Norm
 from tandem.rl.layer_ops import (

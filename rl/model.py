@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from tandem.kernels.linear_logprob import HeadAdapter, HeadOptions, head_logits
-from tandem.kernels.packed_attention import Family, PackLayout, packed_attention
+from tandem.kernels.pack_layout import Family, PackLayout
+from tandem.kernels.packed_attention import packed_attention
 from tandem.rl.adapters import active_adapter
 from tandem.rl.attention_choice import with_attention
 from tandem.rl.config import ModelConfig

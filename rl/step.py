@@ -11,7 +11,7 @@ from typing import overload
 import torch
 
 from tandem.kernels.linear_logprob import HeadOptions, TokenScores, linear_logprob
-from tandem.kernels.packed_attention import Family, PackLayout
+from tandem.kernels.pack_layout import Family, PackLayout
 from tandem.rl.config import AlgorithmConfig
 from tandem.rl.metrics import How, Meter
 from tandem.rl.model import LanguageModel

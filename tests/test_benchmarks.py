@@ -570,8 +570,8 @@ def test_floor_and_share() -> None:
 
 def test_attention_floor_counts_the_pairs_of_the_mask() -> None:
     attention = module("attention_cases")
-    family = attention.packed_attention.Family((3, 8), ((8, 10), (10, 14)))
-    families = [attention.packed_attention.Family((0, 3)), family]
+    family = attention.pack_layout.Family((3, 8), ((8, 10), (10, 14)))
+    families = [attention.pack_layout.Family((0, 3)), family]
     index = torch.arange(14)
     mask = attention._owners(families, torch.device("cpu")).sees(index[:, None], index[None, :])
     # By hand: 3 causal, 5 causal, children of 2 and 4 that see 5 more each.

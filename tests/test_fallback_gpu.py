@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tandem.kernels.linear_logprob import HeadOptions
-from tandem.kernels.packed_attention import Family, PackLayout
+from tandem.kernels.pack_layout import Family, PackLayout
 from tandem.rl.checkpoint_offload import CheckpointedLayers
 from tandem.rl.config import Config, LoraConfig
 from tandem.rl.console import Console

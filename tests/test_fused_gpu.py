@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tandem.kernels.linear_logprob import HeadOptions
-from tandem.kernels.packed_attention import Family, PackLayout
+from tandem.kernels.pack_layout import Family, PackLayout
 from tandem.rl.config import LoraConfig
 from tandem.rl.fused_layer import FusedLayers, Plan
 from tandem.rl.lora import attach_lora, trainable

@@ -10,7 +10,8 @@ import torch
 
 from tandem.kernels import attention_blocked
 from tandem.kernels.linear_logprob import HeadOptions, linear_logprob
-from tandem.kernels.packed_attention import Family, PackLayout, packed_attention
+from tandem.kernels.pack_layout import Family, PackLayout
+from tandem.kernels.packed_attention import packed_attention
 from tandem.kernels.sampling import draw, restrict
 
 

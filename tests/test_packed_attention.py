@@ -14,16 +14,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tandem.kernels import attention_blocked, attention_pieces, attention_plan, packed_attention
+from tandem.kernels import attention_blocked, attention_pieces, attention_plan, pack_layout, packed_attention
 from tandem.kernels.attention_blocked import Scoring, blocks
 from tandem.kernels.attention_pieces import CudaPieces
 from tandem.kernels.attention_plan import merge, pieces_backward, pieces_forward, plan
-from tandem.kernels.packed_attention import (
-    Family,
-    PackLayout,
-    attention_backward,
-    attention_forward,
-)
+from tandem.kernels.pack_layout import Family, PackLayout
+from tandem.kernels.packed_attention import attention_backward, attention_forward
 
 CPU = torch.device("cpu")
 HEADS, DIM = 4, 8
@@ -158,7 +154,7 @@ def test_long_families_need_no_dense_mask(monkeypatch) -> None:
     def never(*_):
         raise AssertionError("a dense mask")
 
-    monkeypatch.setattr(packed_attention, "family_mask", never)
+    monkeypatch.setattr(pack_layout, "family_mask", never)
     monkeypatch.setattr(attention_blocked, "CPU_TILE", 1000)
     layout = layout_of([(40, 30, 20), (50,)])
     given = inputs(layout)
@@ -196,9 +192,9 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
 def test_a_wrong_mask_would_be_seen(monkeypatch) -> None:
     layout = layout_of([(4, 3, 2)])
     given = inputs(layout)
-    original = packed_attention.family_mask
+    original = pack_layout.family_mask
     monkeypatch.setattr(
-        packed_attention, "family_mask", lambda *a: torch.ones_like(original(*a)).tril()
+        pack_layout, "family_mask", lambda *a: torch.ones_like(original(*a)).tril()
     )  # a child sees its siblings
     with pytest.raises(AssertionError, match="out"):
         assert_same(pair(*given, layout, SCORINGS[0]), expected(*given, layout, SCORINGS[0]))

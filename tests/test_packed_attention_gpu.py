@@ -23,13 +23,8 @@ from tandem.kernels import attention_pieces, attention_plan
 from tandem.kernels.attention_blocked import Scoring
 from tandem.kernels.attention_pieces import cudnn_backward, cudnn_forward, cudnn_takes, flash_backward, flash_forward
 from tandem.kernels.attention_plan import merge, plan
-from tandem.kernels.packed_attention import (
-    Family,
-    PackLayout,
-    attention_backward,
-    attention_forward,
-    packed_attention,
-)
+from tandem.kernels.pack_layout import Family, PackLayout
+from tandem.kernels.packed_attention import attention_backward, attention_forward, packed_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

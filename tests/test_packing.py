@@ -13,8 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.kernels import attention_blocked
-from tandem.kernels import packed_attention as attention_module
+from tandem.kernels import attention_blocked, pack_layout
 from tandem.kernels.linear_logprob import HeadOptions
 from tandem.rl.config import AlgorithmConfig
 from tandem.rl.metrics import Meter
@@ -299,12 +298,12 @@ def test_loss_and_gradient_equal_padded_rows(llama: LanguageModel, options: dict
 def test_a_leak_between_siblings_would_be_seen(llama: LanguageModel, monkeypatch) -> None:
     batch, algorithm = random_batch(random_sequences(4)), AlgorithmConfig()
     _, expected = plain_result(llama, batch, algorithm)
-    original = attention_module.family_mask
+    original = pack_layout.family_mask
 
     def leaky(family, window=None):
         return torch.ones_like(original(family, window)).tril()
 
-    monkeypatch.setattr(attention_module, "family_mask", leaky)
+    monkeypatch.setattr(pack_layout, "family_mask", leaky)
     with pytest.raises(AssertionError):
         assert_same(packed_result(llama, batch, algorithm, 1000)[1], expected)
 

@@ -12,7 +12,7 @@ from test_fused_layer import build
 from test_plan import config_of, shape_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tandem.kernels.packed_attention import Family, PackLayout
+from tandem.kernels.pack_layout import Family, PackLayout
 from tandem.rl import lora, plan_memory, prepared_weights
 from tandem.rl.config import ModelConfig
 from tandem.rl.fused_layer import FusedLayers
