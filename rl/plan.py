@@ -20,9 +20,7 @@ from tandem.rl.plan_memory import (
     FRAGMENTATION,
     LIBRARIES,
     WORKSPACE,
-    Items,
     Pack,
-    Setup,
     adapter_bytes,
     kept_weight_bytes,
     kv_bytes,
@@ -33,6 +31,7 @@ from tandem.rl.plan_memory import (
     setup_of,
     weight_items,
 )
+from tandem.rl.plan_setup import Items, Setup
 from tandem.rl.plan_shape import ModelShape
 from tandem.rl.plan_time import Work, step_seconds
 

@@ -8,16 +8,12 @@ slept (`benchmarks/results/rollout-h100-2026-11-24-1828.json`); `BUFFERS` and `G
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from tandem.rl.config import RolloutConfig
 from tandem.rl.plan_devices import GIB, Device
+from tandem.rl.plan_setup import Items, Setup
 from tandem.rl.plan_shape import ModelShape
 from tandem.rollout.vllm_plan import BLOCK, IN_FLIGHT, STAYS_AWAKE, VllmOptions, rounded_length
 from tandem.rollout.vllm_versions import ACCEPTED, LORA_RANKS, refusal
-
-if TYPE_CHECKING:
-    from tandem.rl.plan_memory import Items, Setup
 
 __all__ = [
     "BLOCK", "IN_FLIGHT", "STAYS_AWAKE", "captured_graphs", "engine_items", "engine_of_auto", "rounded_length",

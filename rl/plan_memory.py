@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from tandem.rl.config import Config
 from tandem.rl.fused_layer import Plan
@@ -16,6 +15,7 @@ from tandem.rl.layer_run import LATE_ROWS
 from tandem.rl.offload import BLOCK_BYTES, DEVICE_SHARE, HOST_SHARE, STAYS_ON_DEVICE
 from tandem.rl.plan_devices import CONTEXT, GIB, Device
 from tandem.rl.plan_engine import captured_graphs, engine_items, step_bytes
+from tandem.rl.plan_setup import Items, Setup
 from tandem.rl.plan_shape import AdapterShape, Linear, ModelShape, Projections, adapter_shape
 from tandem.rl.prepared_weights import MOST_KEPT_BYTES
 
@@ -28,40 +28,6 @@ FRAGMENTATION = 0.02
 # Ids, positions, rows, targets, log-probs, weights, advantages of a token: int64 and float64 for the most part.
 _TOKEN_BYTES = 160
 _MODEST_MOMENTS, _BLOCK_8BIT = 4096, 256
-
-Items = dict[str, int]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What of a config decides about memory, resolved for a GPU.
-
-    Attributes:
-        width: bytes of an activation. format: of the linear layers' weights.
-        fused: layers with a hand-written backward pass; checkpointed: the model's own, recomputed; neither: kept whole.
-        offload, attention, plan: as the config says; None and auto follow from the pack.
-        restricted: log-probs of a nucleus, which are sorted.
-        vllm: the engine that rollouts go through. graphs: batch sizes that it has CUDA graphs for.
-    """
-
-    shape: ModelShape
-    adapter: AdapterShape
-    width: int
-    format: Literal["nf4", "int4", "fp8", "dense"]
-    optim: str
-    chunk: int
-    fused: bool
-    checkpointed: bool
-    offload: bool | None
-    plan: Plan
-    restricted: bool
-    vllm: bool
-    kv_width: int
-    graphs: int
-
-    @property
-    def eager(self) -> bool:
-        return not self.graphs
 
 
 def setup_of(shape: ModelShape, config: Config) -> Setup:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tandem.rl.plan_devices import Device
-from tandem.rl.plan_memory import Pack, Setup, adapter_bytes, kv_bytes, linear_bytes, optimizer_bytes
+from tandem.rl.plan_memory import Pack, adapter_bytes, kv_bytes, linear_bytes, optimizer_bytes
+from tandem.rl.plan_setup import Setup
 
 # Shares of the data sheet that are reached. The first two are what an H100 does in an update of Qwen3-8B's shape with
 # all that stands around its products (0.85 s at 8,192 tokens, 4.8 s at 32,768); the others are taken to be so.

@@ -23,7 +23,6 @@ from tandem.rl.plan_changes import candidates, smallest_card, smallest_change, t
 from tandem.rl.plan_devices import DEVICES, GIB, find_device
 from tandem.rl.plan_memory import (
     WORKSPACE,
-    Setup,
     adapter_bytes,
     kv_bytes,
     linear_bytes,
@@ -32,6 +31,7 @@ from tandem.rl.plan_memory import (
     setup_of,
     weight_items,
 )
+from tandem.rl.plan_setup import Setup
 from tandem.rl.plan_shape import Linear, ModelShape, adapter_shape, shape_of
 from tandem.rl.plan_sizing import choose_sizes
 from tandem.rl.plan_time import Work, step_seconds

@@ -16,8 +16,9 @@ from transformers import AutoConfig
 from tandem.rl.plan import OUTSIDE, ledger
 from tandem.rl.plan_devices import CONTEXT, GIB, find_device
 from tandem.rl.plan_engine import engine_items, step_bytes
-from tandem.rl.plan_memory import LIBRARIES, Setup, setup_of
+from tandem.rl.plan_memory import LIBRARIES, setup_of
 from tandem.rl.plan_models import MODELS
+from tandem.rl.plan_setup import Setup
 from tandem.rl.plan_shape import ModelShape, shape_of
 from tandem.rl.store import WeightStore
 from tandem.rollout.weight_binding import WeightBinding
