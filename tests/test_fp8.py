@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreted_run import outcomes_interpreted
 
 from tandem.kernels.fp8 import dequantize_fp8, quantize_fp8
 from tandem.kernels.fp8_gemm import Config, fp8_linear
@@ -112,11 +110,4 @@ def test_what_does_not_fit_is_refused() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="this is the second process")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_the_kernels_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert passed is not None
-    assert int(passed[1]) > 30
+    assert outcomes_interpreted(__file__, "")["passed"] > 30

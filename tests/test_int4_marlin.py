@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreted_run import outcomes_interpreted
 
 from tandem.kernels.int4_marlin import (
     dequantize_int4,
@@ -262,22 +260,4 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.skipif(INTERPRETED, reason="this is the other process")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_the_triton_code_in_a_fresh_process():
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "-k",
-        "interpreted",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed, done.stdout
-    assert int(passed[1]) == 14, done.stdout
+    assert outcomes_interpreted(__file__) == {"passed": 14}

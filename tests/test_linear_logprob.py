@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import re
-import subprocess
 import sys
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from interpreted_run import outcomes_interpreted
 
 from tandem.kernels.linear_logprob import HeadAdapter, HeadOptions, TokenScores, head_logits, linear_logprob
 from tandem.kernels.linear_logprob_triton import token_scores_grad_into, token_scores_into
@@ -397,15 +396,4 @@ def test_a_trainable_head_is_refused() -> None:
 
 
 def test_the_triton_code_in_a_fresh_process() -> None:
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "interpreted", "-x"]
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", "-p", "no:xdist"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed, done.stdout
-    assert int(passed[1]) > 75
+    assert outcomes_interpreted(__file__)["passed"] > 75

@@ -8,13 +8,11 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from interpreted_run import outcomes_interpreted
 
 from tandem.kernels.nf4_gemm import _split, default_config, nf4_linear
 from tandem.kernels.reference import NF4_LEVELS
@@ -186,22 +184,4 @@ def test_splits_cover_all_blocks_once():
 @pytest.mark.skipif(INTERPRETED, reason="this is the other process")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_the_triton_code_in_a_fresh_process():
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "-k",
-        "interpreted",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed, done.stdout
-    assert int(passed[1]) == 22, done.stdout
+    assert outcomes_interpreted(__file__) == {"passed": 22}

@@ -7,12 +7,11 @@ tested, or single calls by dense ones, which leaves the padding around them. All
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
 import torch
+from interpreted_run import outcomes_interpreted
 
 from tandem.kernels import attention_blocked, attention_pieces, attention_plan, pack_layout, packed_attention
 from tandem.kernels.attention_blocked import Scoring, blocks
@@ -521,10 +520,5 @@ def test_merge(rows: int, dim: int, dtype: torch.dtype, indexed: bool, monkeypat
 
 @pytest.mark.skipif(IMPL == "triton", reason="is the fresh process")
 def test_the_triton_merge_in_a_fresh_process() -> None:
-    """Triton's interpreter is chosen when Triton is imported."""
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", "test_merge"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert "12 passed" in done.stdout, done.stdout[-1000:]
+    assert outcomes_interpreted(__file__, "test_merge") == {"passed": 12}

@@ -10,13 +10,13 @@ import importlib.util
 import math
 import mmap
 import os
-import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreted_run import outcomes_interpreted
 
 from tandem.kernels.glu import geglu_tanh, glu, glu_backward_, swiglu
 from tandem.kernels.nf4 import NestedAbsmax, dequantize_nf4, from_quant_state
@@ -548,27 +548,6 @@ def test_no_triton_is_needed_without_a_device() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="this is the other process")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_the_triton_code_in_a_fresh_process() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "-k",
-        "interpreted",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
-    done = subprocess.run(
-        [*command, "-x"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed, done.stdout
-    assert int(passed[1]) > 80
-    assert "skipped" not in done.stdout or importlib.util.find_spec("bitsandbytes") is None
+    outcomes = outcomes_interpreted(__file__)
+    assert outcomes["passed"] > 80
+    assert "skipped" not in outcomes or importlib.util.find_spec("bitsandbytes") is None
