@@ -130,6 +130,7 @@ def vllm_options(config: Config, inputs: Inputs) -> VllmOptions:
         kv_cache_dtype=rollout.kv_cache_dtype,
         enforce_eager=rollout.enforce_eager,
         torch_compile=rollout.torch_compile,
+        seed_per_completion=rollout.seed_per_completion,
         cudagraph_sizes=tuple(rollout.cudagraph_sizes) if rollout.cudagraph_sizes else None,
     )
 

@@ -203,6 +203,9 @@ class RolloutConfig(Section):
     torch_compile: bool = True
     """vllm: compile the model before CUDA graphs are captured, the longest part of a first start (kept on disk after
     it); false: graphs of vLLM's own kernels, for decoding alone."""
+    seed_per_completion: bool = True
+    """vllm: every completion draws from a random stream of its own, whatever is beside it; false:
+    one stream for a call, which spares a call per completion and token."""
     cudagraph_sizes: list[Positive] | None = None
     """vllm: batch sizes that CUDA graphs are captured for; None: a ladder up to max_in_flight (or 256)."""
 

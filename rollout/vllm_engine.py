@@ -81,6 +81,7 @@ class VllmEngine:
         copy = 0 if store is not None else copy_bytes(language_model)
         free = free_bytes(language_model.device) - copy
         self.kv_cache_bytes = kv_cache_bytes(config, options, self.max_model_len, free)
+        self._seed_per_completion = options.seed_per_completion
         self._names = PolicyNames()
         self._sleeps, self._asleep = self.kv_cache_bytes > options.sleep_above, False
         self._stream: Any = None
@@ -151,6 +152,9 @@ class VllmEngine:
                 progress(len(groups) * sampling.num_generations, len(prompts) * sampling.num_generations)
 
         with preserved(quiet="vllm"), on_stream(self._stream):
+            if not self._seed_per_completion:
+                # `preserved` puts the random state back, so without this every call would draw the same numbers.
+                torch.manual_seed(request_seed(sampling.seed, prompts[0].index))
             if on_group is None:
                 bar = ProgressBar.reporting(progress, sampling.num_generations, len(prompts)) if progress else False
                 outputs = self._llm.generate(ids, params, use_tqdm=bar, lora_request=request)
@@ -162,7 +166,7 @@ class VllmEngine:
         greedy = sampling.temperature == 0
         return self._api.SamplingParams(
             n=1 if greedy else sampling.num_generations,
-            seed=request_seed(sampling.seed, prompt.index),
+            seed=request_seed(sampling.seed, prompt.index) if self._seed_per_completion else None,
             temperature=sampling.temperature,
             top_p=1.0 if greedy else sampling.top_p,
             top_k=0 if greedy else sampling.top_k,

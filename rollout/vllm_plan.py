@@ -40,6 +40,7 @@ class VllmOptions:
         enforce_eager: no compilation and no CUDA graphs: starts in seconds, decodes several times slower.
         torch_compile: the model is compiled before graphs are captured; without it graphs hold vLLM's own kernels, and
             serve decoding alone.
+        seed_per_completion: a random stream for each completion; else one for each call of `generate`.
         sleep_above: bytes of KV cache from which `sleep` gives it back.
         cudagraph_sizes: batch sizes that graphs are captured for; None: a ladder up to `max_num_seqs`.
     """
@@ -50,6 +51,7 @@ class VllmOptions:
     kv_cache_dtype: str = "auto"
     enforce_eager: bool = False
     torch_compile: bool = True
+    seed_per_completion: bool = True
     sleep_above: int = STAYS_AWAKE
     cudagraph_sizes: tuple[int, ...] | None = None
 

@@ -139,7 +139,8 @@ class FakeLLM:
         return outputs
 
     def _complete(self, prompt: list[int], params, index: int, request) -> SimpleNamespace:
-        generator = torch.Generator().manual_seed(params.seed + index)
+        own = params.seed is not None
+        generator = torch.Generator().manual_seed(params.seed + index) if own else torch.default_generator
         flat, ids = Flat(), []
         for step in range(params.max_tokens):
             if step == 0:
@@ -248,6 +249,25 @@ def test_greedy_tokens_are_those_of_the_transformers_engine(engine, lm):
         [c.truncated for c in g.completions] for g in theirs
     ]
     assert engine.api.requests[0][1][0].n == 1, "vLLM refuses groups of greedy completions"
+
+
+def test_one_random_stream_for_a_call(lm, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
+    api = FakeApi()
+    engine = VllmEngine(lm, store, VllmOptions(max_num_seqs=16, seed_per_completion=False), api=api)
+    before = torch.get_rng_state()
+
+    def ids(prompts: list[Prompt], seed: int) -> list[list[int]]:
+        sampling = Sampling(3, 10, seed=seed)
+        return [c.ids for g in engine.generate(prompts, sampling) for c in g.completions]
+
+    first = ids(PROMPTS, 1)
+    assert ids(PROMPTS, 1) == first
+    assert ids(PROMPTS, 2) != first
+    assert ids(PROMPTS[:1], 1) == first[:3], "the stand-in samples completion after completion"
+    assert ids(PROMPTS[1:2], 1) != first[3:6], "other prompts draw other numbers"
+    assert {one.seed for _, params in api.requests for one in params} == {None}
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_completion_depends_on_its_prompt_its_number_and_the_seed(engine):
