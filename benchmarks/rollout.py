@@ -12,7 +12,8 @@ sleep, wake, push and generate, and how far the device's memory drifted. `parity
 (the fused 4-bit product) and for 96 (the weight unpacked for cuBLAS, as stock vLLM does it), with logits in float32 and
 with logits rounded to bfloat16, as stock vLLM rounds them. A checkpoint with a tokenizer is asked questions, others
 get random tokens.
-`-uncompiled` captures CUDA graphs of vLLM's own kernels, without torch.compile (rollout.torch_compile=false).
+`-uncompiled` captures CUDA graphs of vLLM's own kernels, without torch.compile (rollout.torch_compile=false);
+`-unseeded` samples from one random stream (rollout.seed_per_completion=false).
 With `--together` all systems start at once, which takes the time of one, and then measure in turn while the others
 wait; what is in use on the device is then everybody's, and is not reported.
 Writes `benchmarks/results/rollout-DEVICE-DATE.json`, anew after every system.
@@ -37,7 +38,11 @@ from turns import Turn
 from update import GIB, RESULTS, TARGETS, command_line, device_facts, header, result_path, store
 
 FORMATS = ("nf4", "int4", "fp8", "bf16")
-SYSTEMS = ("vllm-bnb", "vllm-bf16", *(f"tandem-{one}{how}" for how in ("", "-uncompiled") for one in FORMATS))
+SYSTEMS = (
+    "vllm-bnb",
+    "vllm-bf16",
+    *(f"tandem-{one}{how}" for how in ("", "-uncompiled", "-unseeded") for one in FORMATS),
+)
 RANK, NEW, GREEDY = 32, 128, 64
 AGREEMENT_BATCHES = (64, 96)
 # The engine whose weights are the same, bit for bit.
@@ -225,7 +230,7 @@ class Stock:
         self.api = load_api()
         cache = int(arguments.kv_gib * GIB)
         device = torch.device("cuda")
-        given = engine_arguments(options(arguments, compiled=True), 1024, cache, RANK, TARGETS, torch.bfloat16, device)
+        given = engine_arguments(options(arguments, []), 1024, cache, RANK, TARGETS, torch.bfloat16, device)
         self.llm = self.api.LLM(str(arguments.model), **given, quantization=quantization, worker_cls=self.api.worker)
         self.llm.collective_rpc("policy_stacks", args=(8,))
 
@@ -262,7 +267,7 @@ class Stock:
 class Ours:
     """The engine on a store, with the trainer's model beside it."""
 
-    def __init__(self, arguments: argparse.Namespace, format: str, *, compiled: bool) -> None:
+    def __init__(self, arguments: argparse.Namespace, format: str, how: list[str]) -> None:
         from types import SimpleNamespace
 
         import torch
@@ -281,7 +286,7 @@ class Ours:
         self.lm = LanguageModel(model, tokenizer, device, torch.bfloat16, HeadOptions(), 1024)
         attach_lora(self.lm, LoraConfig(r=RANK, target_modules=TARGETS), seed=0)
         self.used_by_trainer = used()
-        self.engine = VllmEngine(self.lm, self.store, options(arguments, compiled=compiled))
+        self.engine = VllmEngine(self.lm, self.store, options(arguments, how))
 
     def generate(self, prompts: list[Any], sampling: Any) -> list[list[int]]:
         return [group.completions[0].ids for group in self.engine.generate(prompts, sampling)]
@@ -296,7 +301,7 @@ class Ours:
         self.engine._llm.apply_model(switch)
 
 
-def options(arguments: argparse.Namespace, *, compiled: bool) -> Any:
+def options(arguments: argparse.Namespace, how: list[str]) -> Any:
     from tandem.rollout.vllm_plan import VllmOptions
 
     return VllmOptions(
@@ -304,7 +309,8 @@ def options(arguments: argparse.Namespace, *, compiled: bool) -> Any:
         max_num_seqs=max(arguments.batches),
         kv_cache_gib=arguments.kv_gib,
         enforce_eager=arguments.eager,
-        torch_compile=compiled,
+        torch_compile="uncompiled" not in how,
+        seed_per_completion="unseeded" not in how,
         cudagraph_sizes=tuple(sorted(arguments.batches)),
     )
 
@@ -316,7 +322,7 @@ def work(system: str, arguments: argparse.Namespace) -> None:
     torch.cuda.init()
     family, format, *how = system.split("-")
     quantization = "bitsandbytes" if format == "bnb" else None
-    made: Any = Stock(arguments, quantization) if family == "vllm" else Ours(arguments, format, compiled=not how)
+    made: Any = Stock(arguments, quantization) if family == "vllm" else Ours(arguments, format, how)
     made.generate(prompts(2, seed=1), sampling(4))
     say(system, arguments, kind="start", seconds=round(time.perf_counter() - started, 1))
     Turn(arguments.turn).wait()
