@@ -12,6 +12,8 @@ from tandem.rl.plan_sizing import choose_sizes
 # Changes that shorten what is planned for, and those that cost quality.
 _SHORTER = ("rollout.max_completion_length", "model.max_length")
 _DEAR = (*_SHORTER, "lora.r", "model.load_in_4bit")
+# Of use only where something does not fit: decoding without graphs is several times slower, which no estimate says.
+_FOR_ROOM = (*_SHORTER, "rollout.enforce_eager")
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,13 @@ def candidates(plan: Ledger) -> list[tuple[str, dict[str, Any]]]:
 
 def try_changes(plan: Ledger) -> list[Change]:
     """Every single change, the one that buys most first: whether all fits (with sizes chosen where the config leaves
-    them open), then length, then sequences at once, then memory. A shorter completion is no gain in length, so it comes
-    only where nothing else fits."""
+    them open), then length, then sequences at once, then memory. What is only for room comes only where the plan does
+    not fit: a shorter completion is no gain in length, and decoding without graphs is slow."""
     tried = [_tried(plan, name, changes) for name, changes in candidates(plan)]
     fits = _sized(plan).fits()
     kept = [one for one in tried if fits or one.fits or not _shortens(one.setting)]
     return sorted(
-        (one for one in kept if not (fits and _shortens(one.setting))),
+        (one for one in kept if not (fits and one.setting.startswith(_FOR_ROOM))),
         key=lambda one: (not one.fits, -one.longest, -one.in_flight, one.training + one.rollout),
     )
 

@@ -110,7 +110,7 @@ def show(sizing: Sizing, console: Console, *, engine: str = "") -> None:
         )
         rows = [_change_row(change, plan) for change in (now, *changes[:_SHOWN_CHANGES])]
         console.table("What one change would buy", rows, header)
-    console.note(verdict(plan))
+    console.note(verdict(plan, free.binding))
 
 
 def size_rows(sizing: Sizing) -> list[tuple[str, str, str]]:
@@ -223,10 +223,12 @@ def summary(plan: Ledger) -> str:
     )
 
 
-def verdict(plan: Ledger) -> str:
-    """Whether it fits, and if not, why, and what would help."""
+def verdict(plan: Ledger, binding: str | None = None) -> str:
+    """Whether it fits, and if not, why, and what would help. `binding`: the card's first limit of length, where the
+    plan's own comes from sizes that were chosen for its batch."""
     if plan.fits():
-        text = f"It fits. {plan.binding[0].upper()}{plan.binding[1:]} is the first limit of length. {_time(plan)}"
+        binding = binding or plan.binding
+        text = f"It fits. {binding[0].upper()}{binding[1:]} is the first limit of length. {_time(plan)}"
         if plan.work.generates and plan.setup.vllm and plan.in_flight < plan.work.in_flight:
             text += f" Only {plan.in_flight:,} sequences are made at once, so that others wait."
         return text

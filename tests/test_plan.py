@@ -360,6 +360,8 @@ def test_changes_are_what_the_config_says_after_them(qwen: ModelShape) -> None:
         assert (change.longest, change.in_flight, change.training) == (
             after.free.longest, sized.in_flight, sized.training().bytes
         )  # fmt: skip
+    # Its time is not estimated, so that it would look free.
+    assert not any("enforce_eager" in change.setting for change in try_changes(plan))
     best = try_changes(plan)[0]
     assert best.setting == "rollout.kv_cache_dtype=fp8"
     assert best.longest == pytest.approx(2 * plan.longest, rel=0.01)
@@ -482,6 +484,17 @@ def test_auto_is_planned_as_the_engine_that_a_user_of_the_card_gets(
         assert refused is None or f"auto is planned as transformers, which it is here: {refused}" in here
     _, given, _ = run(capsys, monkeypatch, *words, "--gpu", "4090")
     assert "rollout.engine: auto" not in given
+
+
+def test_the_first_limit_of_length_is_the_one_in_the_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not that of the sizes that were chosen, which leave no more room than the batch needs."""
+    example = Path(__file__).parents[1] / "examples" / "qwen3_8b_24gb.yaml"
+    _, out, _ = run(capsys, monkeypatch, str(example), "--gpu", "4090", "--host-gib", "24")
+    said = " ".join(out.split())
+    assert "40,960 tokens, limited by the model's context" in said
+    assert "It fits. The model's context is the first limit of length." in said
 
 
 def test_what_generation_costs_is_said_in_tokens_and_seconds(
