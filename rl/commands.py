@@ -33,6 +33,7 @@ from tandem.rl.rewards_command import show_protections
 from tandem.rl.rollout_journal import Mark, RolloutJournal, source_of
 from tandem.rl.run_length import total_steps
 from tandem.rl.run_lock import run_lock
+from tandem.rl.start_time import StartTime
 from tandem.rl.stopping import Stopping
 from tandem.rl.trackers import NoTrackers, Trackers
 from tandem.rl.trainer import Trainer
@@ -272,7 +273,9 @@ def _train(
         learned = Mark(state.journal_rollouts, state.journal_bytes)
         journal = RolloutJournal(run_dir, learned, source=source_of(config), note=console.note)
     torch.manual_seed(config.seed)  # dropout draws from it; a resumed run gets its own state back below
-    lm, engine, stop, config = open_model(config, inputs, console)
+    start = StartTime()
+    start.done("imports and data")
+    lm, engine, stop, config = open_model(config, inputs, console, start)
     optimizer = make_optimizer(trainable(lm), config.optim)
     if checkpoint:
         restore(checkpoint, lm, optimizer)
@@ -298,6 +301,7 @@ def _train(
             stopping=stopping,
             objective=inputs.objective,
             journal=journal,
+            start=start,
         )
         started = time.perf_counter()
         finished = trainer.fit()
@@ -305,7 +309,8 @@ def _train(
         if finished:
             planned = planned_memory(config, engine.name, longest_sequence(config, inputs.data))
             memory = _memory(trainer.memory, planned)
-            trackers.summary(_summary(config, run_dir, state) | memory)
+            startup = {"startup_seconds": {name: round(seconds, 2) for name, seconds in start.parts.items()}}
+            trackers.summary(_summary(config, run_dir, state) | startup | memory)
     engine.close()
     if not finished:
         console.note(f"stopped after step {state.step} with a checkpoint; go on with: rl-train resume {run_dir}")

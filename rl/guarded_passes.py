@@ -75,6 +75,23 @@ class GuardedPasses:
             lambda size: self._own_packs(sequences, size),
         )
 
+    def with_stored_log_probs(self, batch: PolicyBatch) -> PolicyBatch:
+        """Log-probs of the policy at rollout time, where later steps need them, and of the reference policy."""
+        config, algorithm = self._config, self._config.algorithm
+        several = algorithm.num_iterations * config.train.steps_per_generation > 1
+        in_reward = algorithm.beta > 0 and algorithm.kl_estimator == "k1"
+        if several or in_reward or algorithm.top_entropy_quantile < 1:
+            log_probs, entropies = self.log_probs(batch.sequences)
+            if several or in_reward:
+                batch.old_log_probs = distributed.merge(log_probs)
+            if algorithm.top_entropy_quantile < 1:
+                batch.entropies = distributed.merge(entropies)
+        if algorithm.beta:
+            with self._lm.model.disable_adapter():
+                reference, _ = self.log_probs(batch.sequences)
+            batch.ref_log_probs = distributed.merge(reference)
+        return batch
+
     def policy(self, batch: PolicyBatch, meter: Meter) -> list[torch.Tensor]:
         """Add the gradient of the objective; returns the policy's log-probs, those of other ranks' groups empty."""
         config, lm = self._config, self._lm

@@ -20,6 +20,7 @@ from tandem.rl.plan_devices import gpu_here
 from tandem.rl.plan_engine import engine_of_auto
 from tandem.rl.plan_shape import read_shape
 from tandem.rl.plan_sizing import Sizing, choose_sizes
+from tandem.rl.start_time import StartTime
 from tandem.rl.training_data import longest_sequence
 from tandem.rl.weights import resolve_model
 from tandem.rollout.choose_engine import open_engine
@@ -29,10 +30,14 @@ from tandem.rollout.vllm_versions import refusal as vllm_refusal
 
 
 def open_model(
-    config: Config, inputs: Inputs, console: Console
+    config: Config, inputs: Inputs, console: Console, start: StartTime | None = None
 ) -> tuple[LanguageModel, RolloutEngine, tuple[int, ...], Config]:
     """The model with its adapter, the engine and the tokens that end a completion; the config with sizes for the GPU
-    that is here, if there is one."""
+    that is here, if there is one.
+
+    Args:
+        start: told when model and engine are there.
+    """
     from tandem.rl.chat import stop_token_ids
 
     wanted = _wanted_engine(config)
@@ -44,6 +49,8 @@ def open_model(
     attach_layers(lm, config, console)
     if lm.fused is None:
         check_packing(lm)
+    if start is not None:
+        start.done("model")
     ends = stop_token_ids(lm.tokenizer, lm.causal_lm.generation_config)
     stop = stop_token_ids(lm.tokenizer, lm.causal_lm.generation_config, config.rollout.stop_token_ids)
     engine = open_engine(
@@ -57,6 +64,8 @@ def open_model(
         note=console.note,
         warn=console.warn,
     )
+    if start is not None:
+        start.done("engine")
     longest = getattr(engine, "max_model_len", None) or lm.max_length
     return lm, with_environments(engine, config, inputs, ends, longest), stop, config
 

@@ -54,6 +54,7 @@ from tandem.rl.rollout_journal import RolloutJournal
 from tandem.rl.rollout_source import RolloutSource
 from tandem.rl.run_length import total_steps
 from tandem.rl.samples import Scored, Sequence
+from tandem.rl.start_time import StartTime
 from tandem.rl.step import Objective, PolicyBatch, split_evenly
 from tandem.rl.step_time import StepClock
 from tandem.rl.stopping import Abandoned, Stopping
@@ -70,6 +71,7 @@ class Trainer:
     Args:
         stopping: ends the run with a checkpoint, after a step or in the middle of one.
         journal: takes every rollout before it is learned from, and gives those that were not yet; None: none is kept.
+        start: told when the first step can begin, and then said.
     """
 
     def __init__(
@@ -89,12 +91,14 @@ class Trainer:
         stopping: Stopping,
         objective: Objective = policy_loss,
         journal: RolloutJournal | None = None,
+        start: StartTime | None = None,
     ) -> None:
         self._config, self._run_dir = config, run_dir
         self._lm, self._engine, self._data, self._judge = lm, engine, data, judge
         self._stop_token_ids = stop_token_ids
         self._optimizer, self._parameters = optimizer, trainable(lm)
         self._state, self._trackers, self._console, self._stopping = state, trackers, console, stopping
+        self._start = start
         self._rewind = Rewind(lm, optimizer, state)
         advice = partial(memory_advice, config, longest_sequence(config, data))
         self._guard = MemoryGuard(lm, config.train, state, optimizer, warn=console.warn, advice=advice)
@@ -147,6 +151,9 @@ class Trainer:
     def _fit(self) -> bool:
         state, config = self._state, self._config
         self._try_largest_pack()
+        if self._start is not None:
+            self._start.done("largest pack")
+            self._console.note(str(self._start))
         if not self._warm_up():
             return False
         with self._undoable():
@@ -232,7 +239,7 @@ class Trainer:
         rows, measured = self._rollouts.next(self._state)
         batch = policy_batch(rows, mask_truncated=algorithm.mask_truncated_completions)
         with self._update_part("log_probs"):
-            batch = self._with_stored_log_probs(batch)
+            batch = self._passes.with_stored_log_probs(batch)
         rows = with_advantages(rows, config, kl_penalties(batch, algorithm))
         advantages_to(batch, rows)
         if batch.old_log_probs is not None:
@@ -337,23 +344,6 @@ class Trainer:
             own, _ = self._passes.log_probs(batch.sequences)
         metrics = self._compared(batch, distributed.merge(own), rows)
         return metrics if self._parity.regular(step) else {}
-
-    def _with_stored_log_probs(self, batch: PolicyBatch) -> PolicyBatch:
-        """Log-probs of the policy at rollout time, where later steps need them, and of the reference policy."""
-        config, algorithm = self._config, self._config.algorithm
-        several = algorithm.num_iterations * config.train.steps_per_generation > 1
-        in_reward = algorithm.beta > 0 and algorithm.kl_estimator == "k1"
-        if several or in_reward or algorithm.top_entropy_quantile < 1:
-            log_probs, entropies = self._passes.log_probs(batch.sequences)
-            if several or in_reward:
-                batch.old_log_probs = distributed.merge(log_probs)
-            if algorithm.top_entropy_quantile < 1:
-                batch.entropies = distributed.merge(entropies)
-        if algorithm.beta:
-            with self._lm.model.disable_adapter():
-                reference, _ = self._passes.log_probs(batch.sequences)
-            batch.ref_log_probs = distributed.merge(reference)
-        return batch
 
     # Preference tuning
 
