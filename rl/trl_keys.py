@@ -12,8 +12,7 @@ _NONE = "nothing like it"
 INSTEAD: dict[str, str] = {
     # Arguments of the trainer.
     "peft_config": "the section `lora`, with peft's names; only adapters are trained, never all weights",
-    "quantization_config": "`model.load_in_4bit`",
-    "load_in_8bit": f"{_NONE}; `model.load_in_4bit`",
+    "quantization_config": "`model.load_in_4bit` or `model.load_in_8bit`",
     "model_init_kwargs": "`model.dtype`, `model.revision`, `model.trust_remote_code`",
     "processing_class": "the model's own tokenizer; `model.chat_template` replaces its template",
     "train_dataset": "`data.dataset_name`; a function of your own that returns the rows: `FILE.py:FUNCTION`",
