@@ -13,7 +13,8 @@ sleep, wake, push and generate, and how far the device's memory drifted. `parity
 with logits rounded to bfloat16, as stock vLLM rounds them. A checkpoint with a tokenizer is asked questions, others
 get random tokens.
 `-uncompiled` captures CUDA graphs of vLLM's own kernels, without torch.compile (rollout.torch_compile=false);
-`-unseeded` samples from one random stream (rollout.seed_per_completion=false).
+`-unseeded` samples from one random stream (rollout.seed_per_completion=false); `-apart` multiplies as vLLM does with
+bitsandbytes, projection by projection by the dequantised weight, to be compared with it.
 With `--together` all systems start at once, which takes the time of one, and then measure in turn while the others
 wait; what is in use on the device is then everybody's, and is not reported.
 Writes `benchmarks/results/rollout-DEVICE-DATE.json`, anew after every system.
@@ -42,11 +43,12 @@ SYSTEMS = (
     "vllm-bnb",
     "vllm-bf16",
     *(f"tandem-{one}{how}" for how in ("", "-uncompiled", "-unseeded") for one in FORMATS),
+    "tandem-nf4-apart",
 )
 RANK, NEW, GREEDY = 32, 128, 64
 AGREEMENT_BATCHES = (64, 96)
 # The engine whose weights are the same, bit for bit.
-TWINS = {"tandem-nf4": "vllm-bnb", "tandem-bf16": "vllm-bf16"}
+TWINS = {"tandem-nf4": "vllm-bnb", "tandem-nf4-apart": "vllm-bnb", "tandem-bf16": "vllm-bf16"}
 COLUMNS = (
     "kind",
     "batch",
@@ -277,8 +279,10 @@ class Ours:
         from tandem.rl.lora import attach_lora
         from tandem.rl.model import LanguageModel
         from tandem.rl.store import WeightStore
+        from tandem.rollout import stored_linear
         from tandem.rollout.vllm_engine import VllmEngine
 
+        stored_linear.as_bitsandbytes = "apart" in how
         self.store = WeightStore.open(arguments.model, format=format, device="cuda")
         self.used_by_store = used()
         tokenizer = SimpleNamespace(pad_token_id=0)

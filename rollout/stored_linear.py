@@ -21,6 +21,9 @@ from tandem.kernels.nf4 import write_nf4_stack
 from tandem.kernels.nf4_gemm import BEST_UP_TO_ROWS, nf4_linear
 
 BLOCK, OUTER_BLOCK = 64, 256
+# Products as vLLM has them for bitsandbytes: always of the dequantised weight, and one for each part. Only to be
+# compared with it, token by token; to be set before an engine captures its graphs.
+as_bitsandbytes = False
 _library = torch.library.Library("tandem", "FRAGMENT")
 _scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
@@ -57,12 +60,17 @@ def stored_linear(
         part_rows: outputs of each part, in order; each part was quantised on its own.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if rows.is_cuda and 0 < rows.shape[0] <= BEST_UP_TO_ROWS and _is_fused(rows):
+    few = rows.is_cuda and 0 < rows.shape[0] <= BEST_UP_TO_ROWS
+    if few and _is_fused(rows) and not as_bitsandbytes:
         out = nf4_linear(rows, packed, absmax, absmax2, code2, offsets, tuple(part_rows), BLOCK, OUTER_BLOCK, bias=bias)
     else:
         weight = _scratch_matrix(sum(part_rows), x.shape[-1], x)
         write_nf4_stack(weight, packed, (absmax, absmax2, code2, offsets), part_rows, BLOCK, OUTER_BLOCK)
-        out = F.linear(rows, weight, bias)
+        if as_bitsandbytes:
+            out = torch.cat([F.linear(rows, part) for part in weight.split(list(part_rows))], dim=-1)
+            out = out if bias is None else out + bias
+        else:
+            out = F.linear(rows, weight, bias)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
