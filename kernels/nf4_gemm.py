@@ -235,6 +235,23 @@ def _multiply_triton(
 if triton is not None:
 
     @triton.jit
+    def _outer_scales(row, absmax2, offsets, blocks, row1, row2, outer1, outer2):
+        """Of the part that each row belongs to: its offset, its outer scales, and the row's first block in it."""
+        part = (row >= row1).to(tl.int32) + (row >= row2).to(tl.int32)
+        offset = tl.load(offsets + part)
+        inner_block = (row - tl.where(part == 2, row2, tl.where(part == 1, row1, 0))) * blocks
+        outer = absmax2 + tl.where(part == 2, outer2, tl.where(part == 1, outer1, 0))
+        return offset, outer, inner_block
+
+    @triton.jit
+    def _own_level(levels, SHUFFLE: tl.constexpr):
+        """The level that this lane holds for its warp, where they are shuffled."""
+        if SHUFFLE:
+            lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+            return tl.load(levels + (lane & 15))
+        return 0.0
+
+    @triton.jit
     def _level(nibble, levels, mine, SHUFFLE: tl.constexpr):
         """float32 levels of the low four bits."""
         if SHUFFLE:
@@ -258,19 +275,13 @@ if triton is not None:
         # Beyond the last row the last one is read again: loads without masks, results that nobody stores.
         row = tl.minimum(out_row, rows - 1)
         if NESTED:
-            part = (row >= row1).to(tl.int32) + (row >= row2).to(tl.int32)
-            offset = tl.load(offsets + part)
-            inner_block = (row - tl.where(part == 2, row2, tl.where(part == 1, row1, 0))) * blocks
-            outer = absmax2 + tl.where(part == 2, outer2, tl.where(part == 1, outer1, 0))
+            offset, outer, inner_block = _outer_scales(row, absmax2, offsets, blocks, row1, row2, outer1, outer2)
         token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
         byte = tl.arange(0, 32)
         row_block = row.to(tl.int64) * blocks
         bytes_at = packed + row_block[:, None] * 32 + byte[None, :]
         x_at = x + tl.minimum(token, count - 1).to(tl.int64)[None, :] * x_stride + byte[:, None]
-        mine = 0.0
-        if SHUFFLE:
-            lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
-            mine = tl.load(levels + (lane & 15))
+        mine = _own_level(levels, SHUFFLE)
         begin = tl.program_id(1) * per_program
         end = tl.minimum(begin + per_program, blocks)
         sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
@@ -318,20 +329,14 @@ if triton is not None:
         out_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         row = tl.minimum(out_row, rows - 1)
         if NESTED:
-            part = (row >= row1).to(tl.int32) + (row >= row2).to(tl.int32)
-            offset = tl.load(offsets + part)
-            inner_block = (row - tl.where(part == 2, row2, tl.where(part == 1, row1, 0))) * blocks
-            outer = absmax2 + tl.where(part == 2, outer2, tl.where(part == 1, outer1, 0))
+            offset, outer, inner_block = _outer_scales(row, absmax2, offsets, blocks, row1, row2, outer1, outer2)
         token = tl.program_id(2)
         byte = tl.arange(0, 32)
         step = tl.arange(0, UNROLL)
         row_block = row.to(tl.int64) * blocks
         bytes_at = packed + row_block[:, None, None] * 32 + byte[None, None, :]
         x_at = x + token.to(tl.int64) * x_stride + byte[None, :]
-        mine = 0.0
-        if SHUFFLE:
-            lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
-            mine = tl.load(levels + (lane & 15))
+        mine = _own_level(levels, SHUFFLE)
         begin = tl.program_id(1) * per_program
         end = tl.minimum(begin + per_program, blocks)
         products = tl.zeros((BLOCK_N, UNROLL, 32), dtype=tl.float32)
