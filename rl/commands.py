@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,8 +30,8 @@ from tandem.rl.report import write_report
 from tandem.rl.reward_errors import errors_in_words
 from tandem.rl.rewards_command import show_protections
 from tandem.rl.rollout_journal import Mark, RolloutJournal, source_of
+from tandem.rl.run_folder import locked, new_folder, with_free_folder
 from tandem.rl.run_length import total_steps
-from tandem.rl.run_lock import run_lock
 from tandem.rl.start_time import StartTime
 from tandem.rl.stopping import Stopping
 from tandem.rl.trackers import NoTrackers, Trackers
@@ -50,9 +49,9 @@ def run(config: Config, *, dry_run: bool, console: Console) -> bool:
         return True
     with _processes(config, console) as console:
         inputs = prepare(config, console)
-        config = distributed.broadcast(_with_free_folder(config, console))
+        config = distributed.broadcast(with_free_folder(config, console))
         run_dir = config.run_dir
-        with _new_folder(config, run_dir, console):
+        with new_folder(config, run_dir, console):
             if distributed.is_main():
                 keep_or_compare(run_dir, inputs.data)
                 keep_model(run_dir, model_facts(config.model))
@@ -68,7 +67,7 @@ def resume(
     accept_changed_model: bool = False,
 ) -> bool:
     """`rl-train resume`: go on from the newest whole checkpoint, or from the start if there is none yet."""
-    with _processes(config, console) as console, _locked(run_dir, console):
+    with _processes(config, console) as console, locked(run_dir, console):
         checkpoint = distributed.broadcast(whole_checkpoint(run_dir, console.warn) if distributed.is_main() else None)
         state = read_state(checkpoint) if checkpoint else State()
         inputs = prepare(config, console)
@@ -106,58 +105,13 @@ def replay(source: Path, config: Config, *, console: Console, accept_changed_mod
         inputs = prepare_replay(config, recorded.prompts, console)
         facts = model_facts(config.model)
         other_model(source, config.model, facts, console, accept_changes=accept_changed_model)
-        config = distributed.broadcast(_with_free_folder(config, console))
-        with _new_folder(config, config.run_dir, console, copied=("journal.jsonl",)):
+        config = distributed.broadcast(with_free_folder(config, console))
+        with new_folder(config, config.run_dir, console, copied=("journal.jsonl",)):
             console.note(f"{recorded.rollouts} rollouts from the journal of {source}")
             if distributed.is_main():
                 fill(source, config.run_dir, config)
                 keep_model(config.run_dir, facts)
             return _train(config, config.run_dir, inputs, State(), None, console)
-
-
-@contextmanager
-def _new_folder(config: Config, run_dir: Path, console: Console, *, copied: tuple[str, ...] = ()) -> Iterator[None]:
-    """Make a run's folder with its config and hold it. A run that fails before its first step leaves none: what is
-    wrong with a model or an adapter shows only once they are loaded.
-
-    Args:
-        copied: names of files that the run did not make itself.
-    """
-    if distributed.is_main():
-        try:
-            run_dir.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"the run folder {str(run_dir)!r} cannot be made: {error}", fix="set output_dir") from error
-    try:
-        with _locked(run_dir, console):
-            if distributed.is_main():
-                save_config(config, run_dir / "config.yaml")
-            console.note(f"run folder: {run_dir}")
-            yield
-    except (UserError, OSError):
-        if distributed.is_main() and not _has_begun(run_dir, {*_BEFORE_THE_FIRST_STEP, *copied}):
-            shutil.rmtree(run_dir, ignore_errors=True)
-        raise
-
-
-_RECORDS = ("config.yaml", "data.json", "model.json")
-_BEFORE_THE_FIRST_STEP = {".lock", *_RECORDS, *(f"{name}.tmp" for name in _RECORDS)}
-
-
-def _has_begun(run_dir: Path, known: set[str]) -> bool:
-    """Whether a run's folder holds anything, empty files aside, that is not `known`."""
-    kept = [path for path in run_dir.iterdir() if path.name not in known]
-    return any(path.stat().st_size if path.is_file() else True for path in kept)
-
-
-@contextmanager
-def _locked(run_dir: Path, console: Console) -> Iterator[None]:
-    """Hold the run's folder; one of several processes does it for all."""
-    if not distributed.is_main():
-        yield
-        return
-    with run_lock(run_dir, note=console.note):
-        yield
 
 
 @contextmanager
@@ -324,17 +278,6 @@ def _trackers(config: Config, run_dir: Path, resume_step: int | None, console: C
     if not distributed.is_main():
         return NoTrackers()
     return Trackers(config, run_dir, resume_step=resume_step, warn=console.warn)
-
-
-def _with_free_folder(config: Config, console: Console) -> Config:
-    """A run never writes into another's folder: the second `demo` becomes `demo-2`."""
-    name, number = config.run_name, 1
-    while (Path(config.output_dir) / name).exists():
-        number += 1
-        name = f"{config.run_name}-{number}"
-    if number > 1:
-        console.note(f"{config.run_dir} exists, so this run is named {name}")
-    return config.model_copy(update={"run_name": name})
 
 
 def _adapter_folder(run_dir: Path) -> Path:

@@ -1,0 +1,72 @@
+"""The folder of a run, as the process that trains has it: a name of its own, held against others, and gone again if
+nothing came of the run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tandem.rl import distributed
+from tandem.rl.config import Config
+from tandem.rl.config_file import save_config
+from tandem.rl.console import Console
+from tandem.rl.errors import UserError
+from tandem.rl.run_lock import run_lock
+
+# What a run's folder holds before its first step.
+_RECORDS = ("config.yaml", "data.json", "model.json")
+_BEFORE_THE_FIRST_STEP = {".lock", *_RECORDS, *(f"{name}.tmp" for name in _RECORDS)}
+
+
+def with_free_folder(config: Config, console: Console) -> Config:
+    """A run never writes into another's folder: the second `demo` becomes `demo-2`."""
+    name, number = config.run_name, 1
+    while (Path(config.output_dir) / name).exists():
+        number += 1
+        name = f"{config.run_name}-{number}"
+    if number > 1:
+        console.note(f"{config.run_dir} exists, so this run is named {name}")
+    return config.model_copy(update={"run_name": name})
+
+
+@contextmanager
+def new_folder(config: Config, run_dir: Path, console: Console, *, copied: tuple[str, ...] = ()) -> Iterator[None]:
+    """Make a run's folder with its config and hold it. A run that fails before its first step leaves none: what is
+    wrong with a model or an adapter shows only once they are loaded.
+
+    Args:
+        copied: names of files that the run did not make itself.
+    """
+    if distributed.is_main():
+        try:
+            run_dir.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"the run folder {str(run_dir)!r} cannot be made: {error}", fix="set output_dir") from error
+    try:
+        with locked(run_dir, console):
+            if distributed.is_main():
+                save_config(config, run_dir / "config.yaml")
+            console.note(f"run folder: {run_dir}")
+            yield
+    except (UserError, OSError):
+        if distributed.is_main() and not _has_begun(run_dir, {*_BEFORE_THE_FIRST_STEP, *copied}):
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def locked(run_dir: Path, console: Console) -> Iterator[None]:
+    """Hold the run's folder; one of several processes does it for all."""
+    if not distributed.is_main():
+        yield
+        return
+    with run_lock(run_dir, note=console.note):
+        yield
+
+
+def _has_begun(run_dir: Path, known: set[str]) -> bool:
+    """Whether a run's folder holds anything, empty files aside, that is not `known`."""
+    kept = [path for path in run_dir.iterdir() if path.name not in known]
+    return any(path.stat().st_size if path.is_file() else True for path in kept)
