@@ -214,7 +214,7 @@ def swiglu_forward(sizes: Sizes, device: torch.device) -> list[Case]:
         return F.silu(gate) * up
 
     systems = {
-        "tandem": calls(glu.swiglu),
+        "tandem": calls(functools.partial(glu.glu, kind="swiglu")),
         "torch": calls(plain),
         "torch.compile": compiled(plain),
         "liger": calls(_liger_swiglu),

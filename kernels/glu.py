@@ -23,20 +23,6 @@ _KINDS = ("swiglu", "geglu_tanh")
 _BLOCK = 2048
 
 
-def swiglu(
-    gate: torch.Tensor, up: torch.Tensor, *, out: torch.Tensor | None = None, impl: Impl | None = None
-) -> torch.Tensor:
-    """silu(gate)·up. See `glu`."""
-    return glu(gate, up, "swiglu", out=out, impl=impl)
-
-
-def geglu_tanh(
-    gate: torch.Tensor, up: torch.Tensor, *, out: torch.Tensor | None = None, impl: Impl | None = None
-) -> torch.Tensor:
-    """gelu(gate)·up with the tanh form of GELU. See `glu`."""
-    return glu(gate, up, "geglu_tanh", out=out, impl=impl)
-
-
 def glu(
     gate: torch.Tensor, up: torch.Tensor, kind: Kind, *, out: torch.Tensor | None = None, impl: Impl | None = None
 ) -> torch.Tensor:

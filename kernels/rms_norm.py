@@ -7,8 +7,6 @@ Nothing but h is needed for the backward pass, which computes the reciprocal roo
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from tandem.kernels.reference import Impl, normed, normed_grad, picks_triton, rows
@@ -93,38 +91,6 @@ def rms_norm_backward(
         grad = normed_grad(dy, h, weight, eps, offset)
         dx.copy_(grad if into is None else grad + into)
     return dx
-
-
-class RmsNorm(torch.autograd.Function):
-    """Autograd around the two functions: `RmsNorm.apply(x, weight, eps, offset, residual)` gives y, or (y, h)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        offset: float = 0.0,
-        residual: torch.Tensor | None = None,
-        impl: Impl | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        if ctx.needs_input_grad[1]:
-            raise ValueError("the weight of RmsNorm is frozen: it gets no gradient, so it must not require one")
-        y, h = rms_norm(x, weight, eps, offset=offset, residual=residual, impl=impl)
-        ctx.save_for_backward(h, weight)
-        ctx.set_materialize_grads(False)
-        ctx.eps, ctx.offset, ctx.impl, ctx.has_residual = eps, offset, impl, residual is not None
-        return y if residual is None else (y, h)
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor | None, dh: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
-        h, weight = ctx.saved_tensors
-        dx = dh
-        if dy is not None:
-            dx = rms_norm_backward(dy, h, weight, ctx.eps, offset=ctx.offset, impl=ctx.impl)
-            # dh may be shared with another branch of the graph, so the sum goes into our own tensor.
-            dx = dx if dh is None else dx.add_(dh)
-        return dx, None, None, None, dx if ctx.has_residual else None, None
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, **others: torch.Tensor | None) -> None:

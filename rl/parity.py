@@ -19,7 +19,6 @@ from tandem.rl.errors import UserError
 from tandem.rl.model import LanguageModel, with_sampling
 from tandem.rl.packing import Pack, pack
 from tandem.rl.policy_loss import LossValue, PolicyTokens
-from tandem.rl.samples import Group
 from tandem.rl.samples import Sequence as TokenSequence
 from tandem.rl.step import Objective, PolicyBatch, sequence_log_probs
 
@@ -74,27 +73,11 @@ class LogProbDifference(NamedTuple):
         )
 
 
-def log_prob_difference(groups: Sequence[Group], trainer: Sequence[torch.Tensor]) -> LogProbDifference:
+def difference(engine: Sequence[Sequence[float]], trainer: Sequence[torch.Tensor]) -> LogProbDifference:
     """Compare what an engine reported with the trainer's log-probs of the same tokens.
 
     Args:
-        groups: from the engine. trainer: one `[length]` tensor per completion, in their order.
-
-    Raises:
-        ValueError: the two do not speak of the same completions, or a number is not finite.
-    """
-    completions = [c for group in groups for c in group.completions]
-    for number, completion in enumerate(completions):
-        if len(completion.ids) != len(completion.log_probs):
-            raise ValueError(
-                f"completion {number}: {len(completion.ids)} tokens, {len(completion.log_probs)} log-probs from the "
-                "engine"
-            )
-    return difference([c.log_probs for c in completions], trainer)
-
-
-def difference(engine: Sequence[Sequence[float]], trainer: Sequence[torch.Tensor]) -> LogProbDifference:
-    """The same for bare log-probs: one list and one `[length]` tensor per sequence; empty ones count nowhere.
+        engine: a list per completion. trainer: one `[length]` tensor per completion; empty ones count nowhere.
 
     Raises:
         ValueError: their numbers or lengths differ, there is no token, or a number is not finite.

@@ -22,7 +22,7 @@ from tandem.rl.errors import UserError
 from tandem.rl.experience import policy_batch
 from tandem.rl.lora import attach_lora, trainable
 from tandem.rl.model import LanguageModel, load_model, load_tokenizer
-from tandem.rl.parity import Limits, ParityError, check_engine, difference, effective_share, log_prob_difference
+from tandem.rl.parity import Limits, ParityError, check_engine, difference, effective_share
 from tandem.rl.samples import Completion, Group, Prompt, Sampling, Scored
 from tandem.rollout.transformers_engine import TransformersEngine
 
@@ -53,14 +53,14 @@ def test_effective_sample_size():
 
 
 def test_numbers_that_cannot_be_compared_are_refused():
-    group = Group(Prompt(0, [1], ""), [Completion([1, 2], [-1.0, -2.0], False)])
-    assert log_prob_difference([group], [torch.tensor([-1.0, -2.0])]).largest == 0
+    engine = [[-1.0, -2.0]]
+    assert difference(engine, [torch.tensor([-1.0, -2.0])]).largest == 0
     with pytest.raises(ValueError, match="completions and"):
-        log_prob_difference([group], [])
+        difference(engine, [])
     with pytest.raises(ValueError, match="from the trainer"):
-        log_prob_difference([group], [torch.tensor([-1.0])])
+        difference(engine, [torch.tensor([-1.0])])
     with pytest.raises(ValueError, match="1 are not finite"):
-        log_prob_difference([group], [torch.tensor([-1.0, -math.inf])])
+        difference(engine, [torch.tensor([-1.0, -math.inf])])
 
 
 def test_limits_follow_the_type_unless_they_are_set():

@@ -174,9 +174,10 @@ def sampling(**changes: Any) -> Any:
 
 
 def differ(rig: SimpleNamespace, groups: list, temperature: float = 1.0) -> dict:
-    from tandem.rl.parity import log_prob_difference
+    from tandem.rl.parity import difference
 
-    return log_prob_difference(groups, trainer_log_probs(rig.lm, groups, temperature))._asdict()
+    reported = [c.log_probs for g in groups for c in g.completions]
+    return difference(reported, trainer_log_probs(rig.lm, groups, temperature))._asdict()
 
 
 def part_aliased(rig: SimpleNamespace) -> dict:
