@@ -556,10 +556,8 @@ def test_connections_are_limited(server: Server) -> None:
         handler.reply()
 
     server.behave = behave
-    started = time.monotonic()
     ask(make(server, max_connections=4), *(f"t{i}" for i in range(24)))
     assert server.most_active == 4
-    assert time.monotonic() - started < 2.0  # one after another it would be 1.2 s of sleep in 24 turns; here 6
 
 
 def test_what_is_unanswered_at_the_end_of_the_time_is_given_up_and_the_rest_kept(server: Server) -> None:

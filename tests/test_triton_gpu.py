@@ -1,14 +1,9 @@
 """The Triton kernels on a CUDA device at real sizes: run by hand with `pytest -m gpu -s tests/test_triton_gpu.py`.
 
 The oracle is the float64 twin on the device (`tests/test_triton_kernels.py` holds the twins to formulas of its own).
-The last test prints bytes moved per second; time is reported, not judged.
 """
 
 from __future__ import annotations
-
-import math
-import statistics
-from functools import partial
 
 import pytest
 import torch
@@ -195,68 +190,3 @@ def test_beyond_two_to_the_31() -> None:
     high, low = (torch.tensor(NF4_LEVELS[i] * 3.0).bfloat16() for i in (0x2, 0xF))
     assert torch.equal(weight[-64:].cpu(), torch.stack((high, low)).repeat(32))
     assert (weight[2**31 - 8 : 2**31 + 8] == -1.0).all()
-
-
-def seconds(call, repeats: int = 20) -> float:
-    """Median over CUDA events, after a warm-up and with the L2 cache washed before each call."""
-    wash = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
-    times = []
-    for turn in range(repeats + 3):
-        wash.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        if turn >= 3:
-            times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
-def test_report_bandwidth() -> None:
-    torch.use_deterministic_algorithms(False)  # the NaN fill would be timed
-    print(f"\n{torch.cuda.get_device_name()}, bfloat16, {TOKENS} tokens, d {WIDTH}, heads {HEADS} × {DIM}, ffn {FFN}")
-
-    def report(name: str, moved: int, call) -> None:
-        took = seconds(call)
-        print(f"{name:<34}{took * 1e3:9.3f} ms {moved / took / 1e9:9.0f} GB/s")
-
-    x, residual, dy, out, weight = *(random(TOKENS, WIDTH) for _ in range(4)), random(WIDTH)
-    one = x.numel() * 2
-    report("copy", 2 * one, lambda: out.copy_(x))
-    report("rms_norm", 2 * one, lambda: rms_norm(x, weight, EPS, out=out))
-    report("rms_norm + residual", 4 * one, lambda: rms_norm(x, weight, EPS, residual=residual, h_out=residual, out=out))
-    report("rms_norm_backward into", 4 * one, lambda: rms_norm_backward(dy, x, weight, EPS, into=out))
-
-    cos, sin = rope_tables(torch.arange(TOKENS, device="cuda"), torch.rand(DIM // 2, device="cuda"))
-    table, gain = 2 * cos.numel() * 4, random(DIM)
-    for heads in HEADS:
-        q, dq, result = (random(TOKENS, heads, DIM) for _ in range(3))
-        size = q.numel() * 2
-        report(f"rope_ {heads} heads", 2 * size + table, partial(rope_, q, cos, sin))
-        forward = partial(qk_norm_rope, q, gain, EPS, cos, sin, out=result)
-        report(f"qk_norm_rope {heads} heads", 2 * size + table, forward)
-        backward = partial(qk_norm_rope_backward, dq, q, gain, EPS, cos, sin, out=result)
-        report(f"qk_norm_rope_backward {heads} heads", 3 * size + table, backward)
-
-    gate, up, dh = (random(TOKENS, FFN) for _ in range(3))
-    one = gate.numel() * 2
-    for kind in ("swiglu", "geglu_tanh"):
-        report(kind, 3 * one, lambda kind=kind: glu(gate, up, kind, out=dh))
-        report(f"{kind} backward", 5 * one, lambda kind=kind: glu_backward_(dh, gate, up, kind))
-        report(
-            f"{kind} backward with h", 6 * one, lambda kind=kind: glu_backward_(dh, gate, up, kind, recompute_h=True)
-        )
-
-    functional = pytest.importorskip("bitsandbytes.functional")
-    matrix = random(FFN, WIDTH)
-    buffer, count = torch.empty_like(matrix), matrix.numel()
-    for nested in (False, True):
-        packed, state = functional.quantize_4bit(matrix, quant_type="nf4", compress_statistics=nested)
-        ours = from_quant_state(state)
-        scales = math.ceil(count / 64) * (1 if nested else 4)
-        name = "nf4, nested" if nested else "nf4"
-        moved = count // 2 + scales + count * 2
-        report(name, moved, lambda ours=ours, packed=packed: ours.dequantize(packed, buffer))
-        report(f"{name}, bitsandbytes", moved,
-               lambda packed=packed, state=state: functional.dequantize_4bit(packed, state))  # fmt: skip
