@@ -308,10 +308,10 @@ def tandem(system: str, arguments: argparse.Namespace) -> Loaded:
     attach_lora(lm, LoraConfig(r=RANK, target_modules=TARGETS), seed=0)
     host_bytes: Callable[[], int | None] = pinned_bytes
     if system in VARIANTS:
-        from tandem.rl.fused_layer import FusedLayers, Plan
+        from tandem.rl.fused_layer import FusedLayers, LayerPlan
 
         options = vars(arguments) | VARIANTS[system]
-        plan = Plan(options["tile_rows"], options["groups"], options["attention"], options["projections"])
+        plan = LayerPlan(options["tile_rows"], options["groups"], options["attention"], options["projections"])
         fused = FusedLayers(plan, offload=OFFLOAD[options["offload"]]).attach(lm)
         host_bytes = lambda: fused.host_bytes  # noqa: E731
     else:

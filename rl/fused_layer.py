@@ -30,7 +30,7 @@ _GROUPS = ((12_288, 2), (24_576, 4), (49_152, 1 << 30))
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayerPlan:
     """How a layer spends memory and time; the results are the same up to rounding.
 
     Attributes:
@@ -51,7 +51,7 @@ class Plan:
     projections: Literal["auto", "save", "recompute"] = "auto"
 
     @classmethod
-    def of(cls, train: TrainConfig) -> Plan:
+    def of(cls, train: TrainConfig) -> LayerPlan:
         """As a config says."""
         return cls(
             train.mlp_tile_rows or TILE_ROWS, train.kv_head_groups, train.attention_memory, train.projection_memory
@@ -77,8 +77,8 @@ class FusedLayers:
         layers_kept: layers whose projections the latest pack kept.
     """
 
-    def __init__(self, plan: Plan | None = None, *, offload: bool | None = None) -> None:
-        self.plan = plan or Plan()
+    def __init__(self, plan: LayerPlan | None = None, *, offload: bool | None = None) -> None:
+        self.plan = plan or LayerPlan()
         self.offload = offload
         self.host: HostStore | None = None
         self.near = Store()

@@ -9,7 +9,7 @@ from tandem.rl.checkpoint_offload import CheckpointedLayers
 from tandem.rl.config import Config
 from tandem.rl.console import Console
 from tandem.rl.errors import UserError
-from tandem.rl.fused_layer import FusedLayers, Plan
+from tandem.rl.fused_layer import FusedLayers, LayerPlan
 from tandem.rl.inputs import Inputs, with_environments
 from tandem.rl.lora import attach_lora
 from tandem.rl.model import LanguageModel, check_packing, load_model
@@ -152,7 +152,7 @@ def attach_layers(lm: LanguageModel, config: Config, console: Console) -> None:
     train, on_gpu = config.train, lm.device.type == "cuda"
     refusal = None
     if train.fused_layers or (train.fused_layers is None and on_gpu):
-        plan = Plan.of(train)
+        plan = LayerPlan.of(train)
         try:
             FusedLayers(plan, offload=train.offload_activations).attach(lm)
             return

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tandem.rl.config import Config
-from tandem.rl.fused_layer import Plan
+from tandem.rl.fused_layer import LayerPlan
 from tandem.rl.layer_run import LATE_ROWS
 from tandem.rl.offload import BLOCK_BYTES, DEVICE_SHARE, HOST_SHARE, STAYS_ON_DEVICE
 from tandem.rl.plan_devices import CONTEXT, GIB, Device
@@ -48,7 +48,7 @@ def setup_of(shape: ModelShape, config: Config) -> Setup:
         fused=fused,
         checkpointed=not fused and train.gradient_checkpointing is not False,
         offload=train.offload_activations,
-        plan=Plan.of(train),
+        plan=LayerPlan.of(train),
         restricted=rollout.top_k > 0 or rollout.top_p < 1,
         vllm=vllm,
         kv_width=1 if vllm and rollout.kv_cache_dtype == "fp8" else width,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tandem.rl.fused_layer import Plan
+from tandem.rl.fused_layer import LayerPlan
 from tandem.rl.plan_shape import AdapterShape, ModelShape
 
 # Bytes by what they are for.
@@ -33,7 +33,7 @@ class Setup:
     fused: bool
     checkpointed: bool
     offload: bool | None
-    plan: Plan
+    plan: LayerPlan
     restricted: bool
     vllm: bool
     kv_width: int

@@ -18,7 +18,7 @@ import torch
 from tandem.rl.errors import UserError, cause, short
 from tandem.rl.source_weights import SourceWeights, checkpoint_folder
 from tandem.rl.store_cache import StoreCache
-from tandem.rl.stored_model import LinearPlan, Plan, assemble, check_embedding_on_host, dense_kind, plan, skeleton
+from tandem.rl.stored_model import LinearPlan, WeightPlan, assemble, check_embedding_on_host, dense_kind, plan, skeleton
 from tandem.rl.weight_formats import DENSE, NF4, WeightFormat, weight_format
 from tandem.rl.weights import cache_dir as default_cache_dir
 
@@ -90,7 +90,7 @@ class WeightStore:
     dtype: torch.dtype
     embedding_on_host: bool
     folder: Path
-    plan: Plan
+    plan: WeightPlan
     notes: list[str] = field(default_factory=list)
 
     @classmethod

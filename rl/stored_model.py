@@ -38,7 +38,7 @@ class LinearPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class WeightPlan:
     """All that a model needs: stacked weights, and the shapes of the other parameters by name.
 
     `head` is the name of the head's weight, also where it is the embedding's and so not among `dense`.
@@ -77,7 +77,7 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
         raise UserError(f"transformers cannot build this model: {cause(error)}") from error
 
 
-def plan(model: Any) -> Plan:
+def plan(model: Any) -> WeightPlan:
     """What the model of `skeleton` needs."""
     family = FAMILIES[model.config.model_type]
     names = {id(module): name for name, module in model.named_modules()}
@@ -99,7 +99,7 @@ def plan(model: Any) -> Plan:
         for name, parameter in model.named_parameters()
         if name not in taken and not (tied and name == head)
     }
-    return Plan(tuple(linears), dense, embedding, head, tied)
+    return WeightPlan(tuple(linears), dense, embedding, head, tied)
 
 
 def _linear_plan(model: Any, name: str, members: list[str]) -> LinearPlan:
@@ -259,7 +259,7 @@ class HostEmbedding(torch.nn.Module):
         return rows.to(self.device, non_blocking=True)
 
 
-def check_embedding_on_host(model: Any, needs: Plan) -> None:
+def check_embedding_on_host(model: Any, needs: WeightPlan) -> None:
     """Raises UserError where the embedding cannot stay on the host."""
     kind = type(model.get_input_embeddings())
     if needs.tied:
@@ -280,7 +280,7 @@ def _frozen(tensor: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(tensor, requires_grad=False)
 
 
-def dense_kind(name: str, needs: Plan) -> str:
+def dense_kind(name: str, needs: WeightPlan) -> str:
     """Under which heading of the ledger a dense parameter goes."""
     kinds: Mapping[str, str] = {needs.embedding: "embedding", needs.head: "head"}
     return kinds.get(name) or ("biases" if name.endswith(".bias") else "norms")

@@ -16,7 +16,7 @@ import torch
 from tandem.kernels.linear_logprob import HeadOptions
 from tandem.kernels.pack_layout import Family, PackLayout
 from tandem.rl.config import LoraConfig
-from tandem.rl.fused_layer import FusedLayers, Plan
+from tandem.rl.fused_layer import FusedLayers, LayerPlan
 from tandem.rl.lora import attach_lora, trainable
 from tandem.rl.model import LanguageModel, _register_packed_attention
 from tandem.rl.offload import HostStore
@@ -101,7 +101,7 @@ def test_gradients_are_no_worse_than_those_of_autograd(exact, half, shared):
     reference = plain(exact, pack)
     assert error(gradients(exact, FusedLayers().attach(exact).hidden, pack), reference) < 1e-4
     theirs = error(plain(half, pack), reference)
-    for plan in (Plan(), Plan(512, 4, "recompute"), Plan(512, 2, "save")):
+    for plan in (LayerPlan(), LayerPlan(512, 4, "recompute"), LayerPlan(512, 2, "save")):
         ours = error(gradients(half, FusedLayers(plan).attach(half).hidden, pack), reference)
         print(f"relative error of bfloat16 gradients: {plan} {ours:.5f}, transformers and peft {theirs:.5f}")
         assert ours < 1.1 * theirs
@@ -121,7 +121,7 @@ def deterministic() -> Iterator[None]:
 @pytest.mark.parametrize("attention", ["save", "recompute"])
 def test_offload_is_bitwise_the_same(half, attention):
     pack = inputs(8192, True)
-    plan = Plan(1024, 4, attention)
+    plan = LayerPlan(1024, 4, attention)
     expected = gradients(half, FusedLayers(plan, offload=False).attach(half).hidden, pack)
     layers = FusedLayers(plan, offload=True).attach(half)
     allocated = []
@@ -161,11 +161,11 @@ def test_memory_and_time_beside_checkpointing(half, tokens):
     print(f"\n{tokens} tokens, 8 layers: checkpointing {theirs[0]:.3f} s, {theirs[1]:.2f} GiB")
     best = float("inf")
     for plan, offload in [
-        (Plan(), False),
-        (Plan(), True),
-        (Plan(groups=4), True),
-        (Plan(2048, 4, "recompute"), True),
-        (Plan(2048, 4, "save"), True),
+        (LayerPlan(), False),
+        (LayerPlan(), True),
+        (LayerPlan(groups=4), True),
+        (LayerPlan(2048, 4, "recompute"), True),
+        (LayerPlan(2048, 4, "save"), True),
     ]:
         seconds, gib = measure(half, FusedLayers(plan, offload=offload).attach(half).hidden, pack)
         print(f"{plan} offload={offload}: {seconds:.3f} s, {gib:.2f} GiB")

@@ -16,7 +16,7 @@ from tandem.rl import fused_layer, layer_ops, layer_run
 from tandem.rl.config import AlgorithmConfig, LoraConfig
 from tandem.rl.errors import UserError
 from tandem.rl.families import FAMILIES, Norm, describe
-from tandem.rl.fused_layer import FusedLayers, Plan
+from tandem.rl.fused_layer import FusedLayers, LayerPlan
 from tandem.rl.lora import attach_lora, trainable
 from tandem.rl.metrics import Meter
 from tandem.rl.model import LanguageModel, _register_packed_attention
@@ -141,7 +141,7 @@ def difference(ours, theirs) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-def fused(lm: LanguageModel, made: list[Pack], plan: Plan | None = None, **options):
+def fused(lm: LanguageModel, made: list[Pack], plan: LayerPlan | None = None, **options):
     return run(lm, made, FusedLayers(plan, **options).attach(lm).hidden)
 
 
@@ -162,7 +162,7 @@ def test_every_family_equals_autograd(family):
     made = packs()
     expected = oracle(lm, made)
     assert all(g.abs().max() > 1e-3 for g in expected[1].values())
-    for plan in (Plan(), Plan(7, 4, "recompute"), Plan(16, 2, "save"), Plan(7, 2, "save", "save")):
+    for plan in (LayerPlan(), LayerPlan(7, 4, "recompute"), LayerPlan(16, 2, "save"), LayerPlan(7, 2, "save", "save")):
         assert difference(fused(lm, made, plan), expected) < 1e-10
 
 
@@ -181,7 +181,7 @@ GRID += [*product([7], [1, 2, 4], ["save", "recompute"]), (4096, 1, "recompute")
 @pytest.mark.parametrize(("tile_rows", "groups", "attention"), GRID)
 def test_tiles_and_groups_change_nothing(qwen, tile_rows, groups, attention, projections):
     lm, made, expected = qwen
-    assert difference(fused(lm, made, Plan(tile_rows, groups, attention, projections)), expected) < 1e-10
+    assert difference(fused(lm, made, LayerPlan(tile_rows, groups, attention, projections)), expected) < 1e-10
 
 
 def test_long_packs_are_run_in_groups(qwen, monkeypatch):
@@ -208,7 +208,7 @@ def test_a_saved_attention_runs_forward_once(qwen, monkeypatch, attention, times
     calls = []
     plain = layer_run.attention_forward
     monkeypatch.setattr(layer_run, "attention_forward", lambda *a, **k: calls.append(1) or plain(*a, **k))
-    fused(lm, made, Plan(attention=attention))
+    fused(lm, made, LayerPlan(attention=attention))
     assert len(calls) == times * 3 * len(made)
 
 
@@ -229,7 +229,7 @@ def test_an_adapter_on_some_projections(lora):
 def test_stacked_projections_with_and_without_an_adapter():
     lm = build("phi3", lora=LoraConfig(r=2, target_modules=["qkv_proj"]))
     made = packs()
-    assert difference(fused(lm, made, Plan(5, 2)), oracle(lm, made)) < 1e-10
+    assert difference(fused(lm, made, LayerPlan(5, 2)), oracle(lm, made)) < 1e-10
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "silu"])
@@ -250,7 +250,7 @@ def test_scaled_rotations_come_from_the_models_own_module(rope_type):
 def test_one_sequence_alone():
     lm = build("llama")
     made = pack([Sequence([1, 2, 3], [4, 5], [True, True])], 64)
-    assert difference(fused(lm, made, Plan(2, 4)), oracle(lm, made)) < 1e-10
+    assert difference(fused(lm, made, LayerPlan(2, 4)), oracle(lm, made)) < 1e-10
 
 
 def _unrotated(dy, x, norm, rope):
@@ -291,7 +291,7 @@ def test_norm_derivative(unit_offset):
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
-@pytest.mark.parametrize("plan", [Plan(7, 2, "recompute"), Plan(7, 2, "save")])
+@pytest.mark.parametrize("plan", [LayerPlan(7, 2, "recompute"), LayerPlan(7, 2, "save")])
 def test_offload_is_bitwise_the_same_and_reuses_its_memory(plan, late, monkeypatch):
     monkeypatch.setattr(layer_run, "LATE_ROWS", 0 if late else 1 << 30)
     lm = build("qwen3")
@@ -329,7 +329,7 @@ def test_offloaded_graphs_may_wait_for_each_other():
 
 def test_a_dropped_graph_gives_its_blocks_back(qwen):
     lm, (one, _), _ = qwen
-    layers = FusedLayers(Plan(attention="recompute"), offload=True).attach(lm)
+    layers = FusedLayers(LayerPlan(attention="recompute"), offload=True).attach(lm)
     ids = (torch.tensor(one.input_ids), torch.tensor(one.position_ids), layout_of(one))
     out = layers.hidden(*ids)
     assert layers.host.pool.allocated - layers.host.pool.free == 3
@@ -361,7 +361,7 @@ class Counting(Store):
 
 def test_only_the_input_of_each_layer_is_kept(qwen):
     lm, (one, _), _ = qwen
-    layers = FusedLayers(Plan(tile_rows=8, attention="recompute")).attach(lm)
+    layers = FusedLayers(LayerPlan(tile_rows=8, attention="recompute")).attach(lm)
     layers.near = Counting()
     ids = (torch.tensor(one.input_ids), torch.tensor(one.position_ids), layout_of(one))
     saved: list[torch.Tensor] = []
@@ -486,7 +486,7 @@ def test_dropout_is_refused():
 
 def test_groups_must_divide_the_heads(qwen):
     with pytest.raises(UserError, match="1, 2, 4"):
-        FusedLayers(Plan(groups=3)).attach(qwen[0])
+        FusedLayers(LayerPlan(groups=3)).attach(qwen[0])
 
 
 def test_trainable_base_weights_are_refused():
@@ -542,7 +542,7 @@ def test_four_bit_weights():
     lm, reference = made_with(quantised), made_with(unpacked)
     assert lm.backbone.layers[0].mlp.up_proj.weight.quant_state is not None
     made = packs()
-    assert difference(fused(lm, made, Plan(16, 2)), oracle(reference, made)) < 1e-4
+    assert difference(fused(lm, made, LayerPlan(16, 2)), oracle(reference, made)) < 1e-4
 
 
 def test_bfloat16_gradients_are_as_good_as_autograds():

@@ -13,7 +13,7 @@ from tiny_model import move_adapter, save_llama, save_words
 from tandem.kernels.linear_logprob import HeadOptions
 from tandem.rl.checkpoint import State
 from tandem.rl.config import LoraConfig, ModelConfig, TrainConfig
-from tandem.rl.fused_layer import FusedLayers, Plan
+from tandem.rl.fused_layer import FusedLayers, LayerPlan
 from tandem.rl.lora import attach_lora, trainable
 from tandem.rl.memory_guard import MemoryGuard, OutOfMemory
 from tandem.rl.memory_metrics import CudaGauge
@@ -59,7 +59,7 @@ def batch(length: int, count: int) -> list[Sequence]:
 
 def gradients(lm: LanguageModel, rows: list[Sequence], max_tokens: int, said: list[str]) -> dict[str, torch.Tensor]:
     # Nothing is kept to save time, so that a pack's memory follows from its tokens alone.
-    FusedLayers(Plan(attention="save", projections="recompute"), offload=False).attach(lm)
+    FusedLayers(LayerPlan(attention="save", projections="recompute"), offload=False).attach(lm)
     optimizer = torch.optim.SGD([p for _, p in trainable(lm)], lr=1.0)
     guard = MemoryGuard(
         lm, TrainConfig(max_tokens=max_tokens), State(), optimizer, warn=said.append, advice=lambda: "buy a card"

@@ -85,7 +85,7 @@ def build(name: str, folder: Path) -> SimpleNamespace:
     """Store, trainer's model with a random adapter, engine, prompts; and the process as it was before the engine."""
     from tandem.rl.config import LoraConfig, ModelConfig
     from tandem.rl.errors import UserError
-    from tandem.rl.fused_layer import FusedLayers, Plan
+    from tandem.rl.fused_layer import FusedLayers, LayerPlan
     from tandem.rl.lora import attach_lora
     from tandem.rl.model import load_model, load_tokenizer
     from tandem.rl.samples import Prompt
@@ -107,7 +107,7 @@ def build(name: str, folder: Path) -> SimpleNamespace:
     assert store.format == format
     attach_lora(lm, LoraConfig(r=12, lora_alpha=20), seed=0)
     try:
-        FusedLayers(Plan(), offload=False).attach(lm)
+        FusedLayers(LayerPlan(), offload=False).attach(lm)
         say("layers", "fused")
     except UserError as error:
         say("layers", error.problem)
