@@ -58,6 +58,9 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+_TIMES_AND_PLACES = ("seconds", "tokens_per_second", "startup_seconds", "adapter")
+
+
 def outcome(run: Path) -> dict[str, Any]:
     """Everything in a run folder that does not tell the time; two runs that are the same have the same."""
     newest = sorted((run / "checkpoints").glob("step_*"))[-1]
@@ -71,7 +74,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "state": state,
         "checkpoints": sorted(p.name for p in (run / "checkpoints").iterdir()),
         "metrics": [timeless(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()],
-        "summary": {k: v for k, v in summary.items() if k not in ("seconds", "tokens_per_second", "adapter")},
+        "summary": {k: v for k, v in summary.items() if k not in _TIMES_AND_PLACES},
     }
 
 
