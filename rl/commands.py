@@ -345,15 +345,17 @@ def _show_result(
     facts = _summary(config, run_dir, state)
 
     def number(value: float | None) -> str:
-        return "not measured" if value is None else f"{value:.3f}"
+        return "not measured" + missing if value is None else f"{value:.3f}"
 
+    missing = "" if config.eval.dataset_name else " (no eval.dataset_name)"
+    parts = " (prompt and completion, rollout and update)" if config.uses_rollouts else ""
     console.summary(
         [
             (f"{facts['score_name']} before", number(facts["score_before"])),
             (f"{facts['score_name']} after", number(facts["score_after"])),
             ("steps", str(state.step)),
             ("time", f"{elapsed:.0f} s, of which {state.seconds:.0f} s in training steps"),
-            ("tokens per second", f"{facts['tokens_per_second'] or 0:.0f} (prompt and completion, rollout and update)"),
+            ("tokens per second", f"{facts['tokens_per_second'] or 0:.0f}{parts}"),
             ("run", str(run_dir)),
             ("report", str(report_path)),
             ("adapter", facts["adapter"]),

@@ -77,9 +77,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if _holds_itself(raw):
         raise UserError(f"{path} is not valid YAML: an alias (*name) stands within what it names")
     if not isinstance(raw, dict):
-        raise UserError(
-            f"{path} holds {type(raw).__name__}, not a mapping of sections", fix="start from a file in examples/"
-        )
+        what = "is empty" if raw is None else f"holds {type(raw).__name__}"
+        raise UserError(f"{path} {what}, not a mapping of sections", fix="start from a file in examples/")
     for override in overrides or []:
         _apply_override(raw, override)
     return parse_config(_resolve_paths(raw, path.resolve().parent), source=str(path))

@@ -12,6 +12,7 @@ from tandem.rl.chat import completion_text, encode, render, with_system_prompt
 from tandem.rl.columns import Kind, check_columns
 from tandem.rl.config import AlgorithmConfig, Config, DataConfig, EvalConfig, WarmupConfig
 from tandem.rl.console import Console
+from tandem.rl.context_length import check_context
 from tandem.rl.errors import UserError, cause
 from tandem.rl.evaluate import Judge
 from tandem.rl.examples import load_labelled, load_preferences, load_supervised
@@ -82,6 +83,7 @@ def prepare(config: Config, console: Console) -> Inputs:
     else:
         data.answers = _answers(train_rows, tokenizer, config)
         data.eval_answers = None if eval_rows is None else _answers(eval_rows, tokenizer, config)
+    check_context(config, data, console)
     section = config.rewards
     judge = Judge(
         rewards,

@@ -138,8 +138,9 @@ class CurriculumConfig(Section):
 
 
 class DataConfig(Section):
-    """Where rows come from. RL needs `prompt`; SFT `messages`, `text`, or `prompt` + `completion`; preferences
-    `prompt`, `chosen`, `rejected` (kto: `prompt`, `completion`, `label`). Other columns reach the rewards by name."""
+    """Where rows come from. RL needs `prompt`; SFT `messages`, `conversations`, `text`, or `prompt` + `completion`;
+    preferences `prompt`, `chosen`, `rejected`, or whole conversations in the last two (kto: `prompt`, `completion`,
+    `label`). Other columns reach the rewards by name."""
 
     dataset_name: str | None = None
     """Hub id, a .json / .jsonl / .csv / .parquet file, or `FILE.py:FUNCTION` that returns rows or a Dataset."""
