@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from tandem.kernels.lora_linear import LoraLinear
 from tandem.kernels.pack_layout import PackLayout
 from tandem.kernels.packed_attention import attention_backward, attention_forward
 from tandem.kernels.row_copy import copy_rows
@@ -96,7 +97,7 @@ class LayerRun:
         for t in self.forward_tiles:
             self._middle(h[t], attended.output[t], weights, out[t])
             both = gate_up.gradients(out[t].shape[0]) if kept is None else kept.gate_up[t]
-            gate_up.forward(self._mlp_inputs(out[t], weights), both[:, : gate_up.out_features])
+            gate_up.forward(_normed(out[t], layer.mlp_norm, gate_up), both[:, : gate_up.out_features])
             width = gate_up.out_features // 2
             products = down.inputs(both.shape[0])
             glu(both[:, :width], both[:, width : 2 * width], layer.activation, products[:, :width])
@@ -113,7 +114,7 @@ class LayerRun:
         block = weights.of(self.layer.qkv)
         raw = h.new_empty(h.shape[0], block.out_features) if into is None else into
         for t in self.forward_tiles:
-            block.forward(self._attention_inputs(h[t], weights), raw[t][:, : block.out_features])
+            block.forward(_normed(h[t], self.layer.attention_norm, block), raw[t][:, : block.out_features])
         return raw
 
     def _attend(self, raw: torch.Tensor, *, free: bool) -> Attended:
@@ -178,7 +179,7 @@ class LayerRun:
             when_free()
         linear = weights.of(layer.qkv)
         for t in self.tiles:
-            xs = self._attention_inputs(h[t], weights)
+            xs = _normed(h[t], layer.attention_norm, linear)
             linear.complete_gradients(both[t])
             grads.add(layer.qkv, linear, both[t], xs)
             if need_input:
@@ -198,13 +199,6 @@ class LayerRun:
         torch.add(h, rms_norm(projected, norm), out=out)
         return xs, projected
 
-    def _mlp_inputs(self, middle: torch.Tensor, weights: Weights) -> torch.Tensor:
-        block = weights.of(self.layer.gate_up)
-        xs = block.inputs(middle.shape[0])
-        rms_norm(middle, self.layer.mlp_norm, out=xs[:, : block.in_features])
-        block.complete_inputs(xs)
-        return xs
-
     def _rows_backward(self, h, output, both, grad, d_output, weights: Weights, grads: LoraGrads) -> None:
         """Output projection and MLP of some rows: `grad` becomes the gradient of `h` along the residual stream, and
         `d_output` that of attention's output. `both`: gate and up, where they were kept."""
@@ -212,7 +206,7 @@ class LayerRun:
         proj, gate_up, down = weights.of(layer.output), weights.of(layer.gate_up), weights.of(layer.down)
         middle = torch.empty_like(h)
         outputs, projected = self._middle(h, output, weights, middle)
-        xs = self._mlp_inputs(middle, weights)
+        xs = _normed(middle, layer.mlp_norm, gate_up)
         if both is None:
             both = gate_up.gradients(middle.shape[0])
             gate_up.forward(xs, both[:, : gate_up.out_features])
@@ -259,7 +253,7 @@ class LayerRun:
         if both is None:
             both = block.gradients(h.shape[0])
             for t in self.tiles:
-                block.forward(self._attention_inputs(h[t], weights), both[t][:, : block.out_features])
+                block.forward(_normed(h[t], self.layer.attention_norm, block), both[t][:, : block.out_features])
         heads = self._heads(both)
         for number, (q, k) in enumerate(self._groups(), 1):
             if before_last is not None and number == self.groups:
@@ -289,13 +283,6 @@ class LayerRun:
             query, key, value, self.layout, scale=layer.scale, window=layer.window, softcap=layer.softcap
         )
 
-    def _attention_inputs(self, h: torch.Tensor, weights: Weights) -> torch.Tensor:
-        block = weights.of(self.layer.qkv)
-        xs = block.inputs(h.shape[0])
-        rms_norm(h, self.layer.attention_norm, out=xs[:, : block.in_features])
-        block.complete_inputs(xs)
-        return xs
-
     def _groups(self) -> list[tuple[slice, slice]]:
         """Query and KV heads of each group."""
         q, k = self.layer.query_heads // self.groups, self.layer.kv_heads // self.groups
@@ -308,6 +295,14 @@ class LayerRun:
 
     def _by_head(self, columns: torch.Tensor) -> torch.Tensor:
         return columns.unflatten(1, (-1, self.layer.head_dim))
+
+
+def _normed(x: torch.Tensor, norm: Norm, block: LoraLinear) -> torch.Tensor:
+    """What goes into the projections of a normed input: its rows, and LoRA's part behind them."""
+    xs = block.inputs(x.shape[0])
+    rms_norm(x, norm, out=xs[:, : block.in_features])
+    block.complete_inputs(xs)
+    return xs
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
