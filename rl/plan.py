@@ -20,17 +20,15 @@ from tandem.rl.plan_memory import (
     FRAGMENTATION,
     LIBRARIES,
     WORKSPACE,
-    Pack,
     adapter_bytes,
     kept_weight_bytes,
     kv_bytes,
     optimizer_bytes,
-    pack_memory,
-    projection_bytes,
     rollout_items,
     setup_of,
     weight_items,
 )
+from tandem.rl.plan_pack import Pack, pack_memory, projection_bytes
 from tandem.rl.plan_setup import Items, Setup
 from tandem.rl.plan_shape import ModelShape
 from tandem.rl.plan_time import Work, step_seconds

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tandem.rl.plan_devices import Device
-from tandem.rl.plan_memory import Pack, adapter_bytes, kv_bytes, linear_bytes, optimizer_bytes
+from tandem.rl.plan_memory import adapter_bytes, kv_bytes, linear_bytes, optimizer_bytes
+from tandem.rl.plan_pack import Pack
 from tandem.rl.plan_setup import Setup
 
 # Shares of the data sheet that are reached. The first two are what an H100 does in an update of Qwen3-8B's shape with

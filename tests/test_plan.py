@@ -16,7 +16,7 @@ import torch
 from plan_config import config_of
 from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
-from tandem.rl import cli, plan_command, plan_engine, plan_memory
+from tandem.rl import cli, plan_command, plan_engine, plan_pack
 from tandem.rl.errors import UserError
 from tandem.rl.plan import Ledger, changed, ledger
 from tandem.rl.plan_changes import candidates, smallest_card, smallest_change, try_changes
@@ -27,10 +27,10 @@ from tandem.rl.plan_memory import (
     kv_bytes,
     linear_bytes,
     optimizer_bytes,
-    pack_memory,
     setup_of,
     weight_items,
 )
+from tandem.rl.plan_pack import pack_memory
 from tandem.rl.plan_setup import Setup
 from tandem.rl.plan_shape import Linear, ModelShape, adapter_shape, shape_of
 from tandem.rl.plan_sizing import choose_sizes
@@ -207,7 +207,7 @@ def test_what_autograd_keeps_of_a_layer_is_estimated_well(config: Any) -> None:
         kept.append(sum(seen.values()))
         del out
     setup = setup_of(shape_of(one), config_of(lora={"r": 8}, train={"fused_layers": False}))
-    assert plan_memory._autograd_bytes(setup) == pytest.approx((kept[1] - kept[0]) / tokens, rel=0.02)
+    assert plan_pack._autograd_bytes(setup) == pytest.approx((kept[1] - kept[0]) / tokens, rel=0.02)
 
 
 # --- against what was measured ----------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_long_updates_peak_where_they_were_measured(
     qwen: ModelShape, monkeypatch: pytest.MonkeyPatch, rows: int, gib: float
 ) -> None:
     # The code that was measured brought the next layer back before attention at every length.
-    monkeypatch.setattr(plan_memory, "LATE_ROWS", 1 << 30)
+    monkeypatch.setattr(plan_pack, "LATE_ROWS", 1 << 30)
     assert peak_gib(measured_setup(qwen), rows) == pytest.approx(gib, rel=0.1)
 
 
