@@ -24,6 +24,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+# A job's `patch` that prints the seed of every generation.
+COUNT_GENERATIONS = """
+from tandem.rollout.transformers_engine import TransformersEngine as Engine
+generate = Engine.generate
+def counted(self, prompts, sampling, *rest, **more):
+    print("GENERATES", sampling.seed, flush=True)
+    return generate(self, prompts, sampling, *rest, **more)
+Engine.generate = counted
+"""
 _EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from run_server import RunServer
+from run_server import COUNT_GENERATIONS, RunServer
 from safetensors.torch import load_file, save_file
 from tiny_run import outcome, write_lines, write_place
 
@@ -40,14 +40,6 @@ def nan_always(tokens, algorithm):
 
 def inf_gradient(tokens, algorithm):
     return (tokens.log_probs - tokens.log_probs.detach()).abs().sqrt().sum()
-"""
-COUNT_GENERATIONS = """
-from tandem.rollout.transformers_engine import TransformersEngine as Engine
-generate = Engine.generate
-def counted(self, prompts, sampling, *rest, **more):
-    print("GENERATES", sampling.seed, flush=True)
-    return generate(self, prompts, sampling, *rest, **more)
-Engine.generate = counted
 """
 JUMPING_CLOCK = """
 import time

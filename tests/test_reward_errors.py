@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_server import RunServer
+from run_server import COUNT_GENERATIONS, RunServer
 from tiny_run import outcome, write_place
 
 from tandem.rewards.base import load_reward
@@ -272,14 +272,6 @@ def never(completions, **columns):
 """
 
 
-COUNT_GENERATIONS = """
-from tandem.rollout.transformers_engine import TransformersEngine as Engine
-generate = Engine.generate
-def counted(self, prompts, sampling, *rest, **more):
-    print("GENERATES", sampling.seed, flush=True)
-    return generate(self, prompts, sampling, *rest, **more)
-Engine.generate = counted
-"""
 ONCE_RIGHT = """
 def low(completions, trainer_state, log_metric, **columns):
     log_metric("long", max(len(c) for c in completions))
