@@ -89,6 +89,8 @@ def show_sizes(config: Config, inputs: Inputs, console: Console) -> None:
     """What a run would choose here, and why."""
     sizing = _sizing_here(config, _wanted_engine(config), inputs, console)
     if sizing is None:
+        if gpu_here() is None and (config.model.device == "cuda" or _wanted_engine(config) == "vllm"):
+            console.warn("the config asks for a GPU (model.device or rollout.engine), and torch sees none here")
         size = config.train.max_tokens or default_max_tokens("cpu")
         console.note(f"without a GPU no size is chosen: packs have up to {size:,} tokens (rl-train plan --gpu CARD)")
         return

@@ -33,6 +33,12 @@ def resolve_model(name: str) -> str:
         return str(_converted(file))
     path = Path(name).expanduser()
     if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise UserError(
+                f"model.model_name_or_path {name!r} is the folder of an adapter, not of a model",
+                reason="an adapter is trained further on the base model that it was made for",
+                fix=f"give the base model here, and lora.init_from={name}",
+            )
         if not (path / "config.json").is_file():
             raise UserError(
                 f"model.model_name_or_path {name!r} is a folder without config.json",

@@ -576,6 +576,21 @@ def test_check_samples_and_scores(place: Path) -> None:
     assert not (place / "unused").exists()
 
 
+@pytest.mark.parametrize("asks", ["model.device=cuda", "rollout.engine=vllm"])
+def test_dry_run_says_that_a_gpu_is_missing(place: Path, asks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.rl.open_model.gpu_here", lambda: None)
+    done = here("run", place / "grpo.yaml", "--dry-run", asks)
+    assert done.code == 0, done.err
+    assert "the config asks for a GPU" in done.out + done.err
+    assert "asks for a GPU" not in "".join(here("run", place / "grpo.yaml", "--dry-run")[1:])
+
+
+def test_an_adapters_folder_is_no_model(place: Path, sft_run: tuple[Path, Done]) -> None:
+    adapter = sft_run[0] / "adapter"
+    done = here("run", place / "grpo.yaml", "--dry-run", f"model.model_name_or_path={adapter}")
+    assert_one_message(done, "is the folder of an adapter", f"lora.init_from={adapter}")
+
+
 def test_dry_run_shows_the_plan(place: Path) -> None:
     done = here("run", place / "grpo.yaml", "--dry-run", f"output_dir={place / 'unused'}")
     assert done.code == 0, done.err
