@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -258,6 +259,29 @@ def test_adapter_is_peft_s(place: Path, sft_run: tuple[Path, Done]) -> None:
         total -= sum(float(log_probs[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
         count += len(answer)
     assert total / count == pytest.approx(summary(sft_run[0])["score_after"], rel=1e-3)
+
+
+def test_the_page_on_using_an_adapter_works_as_it_stands(
+    sft_run: tuple[Path, Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    page = (Path(__file__).parents[1] / "docs" / "use-adapter.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    assert code.count("runs/sums/adapter") == 1
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "sums").mkdir(parents=True)
+    shutil.copytree(sft_run[0] / "adapter", tmp_path / "runs" / "sums" / "adapter")
+    with_adapter: dict[str, Any] = {}
+    exec(code.partition("model.merge_and_unload")[0], with_adapter)
+    after: dict[str, Any] = {}
+    exec(code, after)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    inputs = after["inputs"]
+    torch.testing.assert_close(merged(**inputs).logits, with_adapter["model"](**inputs).logits)
+    with with_adapter["model"].disable_adapter():
+        assert not torch.allclose(merged(**inputs).logits, with_adapter["model"](**inputs).logits, atol=1e-3)
 
 
 def test_seed_governs_dropout(place: Path, tmp_path: Path) -> None:
