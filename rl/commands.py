@@ -354,7 +354,7 @@ def _show_result(
             (f"{facts['score_name']} before", number(facts["score_before"])),
             (f"{facts['score_name']} after", number(facts["score_after"])),
             ("steps", str(state.step)),
-            ("time", f"{elapsed:.0f} s, of which {state.seconds:.0f} s in training steps"),
+            ("time", f"{elapsed:.0f} s; {state.seconds:.0f} s in all training steps"),
             ("tokens per second", f"{facts['tokens_per_second'] or 0:.0f}{parts}"),
             ("run", str(run_dir)),
             ("report", str(report_path)),

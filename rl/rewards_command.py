@@ -81,7 +81,7 @@ def show_rewards(config: Config, console: Console, *, on: Path | None, answers: 
     totals = _totals(trained)
     groups = len({row.group for row in rows})
     console.table(
-        f"Rewards on {len(rows)} completions of {groups} prompts",
+        f"Rewards on {_many(len(rows), 'completion')} of {_many(groups, 'prompt')}",
         [
             *(_line(call, faults, f"{call.reward.weight:g}") for call in trained),
             *(_line(call, faults, "watched") for call in calls[len(trained) :]),
@@ -103,6 +103,10 @@ def show_rewards(config: Config, console: Console, *, on: Path | None, answers: 
     for text in [*(notice for call in calls for notice in call.notices), *map(str, faults.values())]:
         console.warn(text)
     return not faults
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def show_protections(rewards: Sequence[Reward], console: Console) -> None:

@@ -152,7 +152,7 @@ class Trainer:
         state, config = self._state, self._config
         self._try_largest_pack()
         if self._start is not None:
-            self._start.done("largest pack")
+            self._start.done("trial")
             self._console.note(str(self._start))
         if not self._warm_up():
             return False

@@ -326,7 +326,7 @@ def test_reward_funcs_may_be_a_name_a_mapping_or_a_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "NoneType"),
+        ("", "is empty, not a mapping of sections"),
         ("- a\n- b\n", "list"),
         ("just words", "str"),
         ("model: [", "not valid YAML"),

@@ -146,7 +146,7 @@ def test_known_answers_of_the_data_as_completions(place: Path) -> None:
     assert done.code == 0, done.err
     assert cells(done.out, "right")[2:4] == ["1.000", "0.000"]
     done = rl_train("rewards", place / "config.yaml", "--answers", "unused")
-    assert "1 completions of 1 prompts" in done.out
+    assert "1 completion of 1 prompt" in done.out
     for arguments in ((), ("--answers", "anwser")):
         done = rl_train("rewards", place / "config.yaml", *arguments)
         assert done.code == 2

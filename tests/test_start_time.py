@@ -36,7 +36,7 @@ def test_a_run_says_where_its_start_went(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (summary,) = tmp_path.rglob("summary.json")
     parts = json.loads(summary.read_text(encoding="utf-8"))["startup_seconds"]
-    assert list(parts) == ["imports and data", "model", "engine", "largest pack"]
+    assert list(parts) == ["imports and data", "model", "engine", "trial"]
     assert 0 < sum(parts.values()) < whole
     said = re.search(r"ready for the first step after ([\d.]+) s", (done.stdout + done.stderr).replace("\n", " "))
     assert said is not None
