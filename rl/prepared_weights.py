@@ -43,7 +43,8 @@ class KeptWeights:
     """Prepared weights of all layers, which stay for the next pass."""
 
     def __init__(self) -> None:
-        self._linears: dict[_Key, LoraLinear] = {}
+        # By the layers that are multiplied by: what they were prepared from is compared, and only the latest is kept.
+        self._linears: dict[_Key, tuple[_Key, LoraLinear]] = {}
         self._current: set[_Key] = set()
         self._allowed = True
 
@@ -64,35 +65,24 @@ class KeptWeights:
 
     def of(self, block: Block, dtype: torch.dtype) -> LoraLinear:
         """With the adapters as they were when this pass first asked."""
-        key = _key(block, dtype)
-        linear = self._linears.get(key)
-        if linear is None:
-            self._forget(block)
-            linear = self._linears[key] = _prepared(block, dtype)
-        elif key not in self._current:
-            linear.take_adapters()
-        self._current.add(key)
-        return linear
+        bases, origin = tuple(id(one.base) for one in block.projections), _origin(block, dtype)
+        if bases not in self._linears or self._linears[bases][0] != origin:
+            self._linears.pop(bases, None)  # before another one takes as much memory
+            self._linears[bases] = origin, _prepared(block, dtype)
+        elif bases not in self._current:
+            self._linears[bases][1].take_adapters()
+        self._current.add(bases)
+        return self._linears[bases][1]
 
     def stop(self) -> None:
         """Memory is needed: drop all, and keep none from now on."""
         self._allowed = False
         self._linears.clear()
 
-    def _forget(self, block: Block) -> None:
-        """Drop what was prepared for the same layers with another adapter, or without one."""
-        bases = _bases(block)
-        for key in [key for key in self._linears if key[0] == bases]:
-            del self._linears[key]
 
-
-def _bases(block: Block) -> tuple[int, ...]:
-    return tuple(id(one.base) for one in block.projections)
-
-
-def _key(block: Block, dtype: torch.dtype) -> _Key:
-    """All that a prepared weight is made of but the adapters' values: layers, weights, and where the adapters lie."""
-    parts: list[object] = [_bases(block), dtype]
+def _origin(block: Block, dtype: torch.dtype) -> _Key:
+    """What a prepared weight is made of, but for the adapters' values: type, weights, and where the adapters lie."""
+    parts: list[object] = [dtype]
     for one in block.projections:
         weight = one.base.weight
         parts.append(None if weight is None else (weight.data_ptr(), weight._version))

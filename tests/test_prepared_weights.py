@@ -133,7 +133,7 @@ def test_a_large_model_keeps_none_and_neither_does_one_out_of_memory(
 ) -> None:
     layers = lm.fused
     one_pass(lm)
-    size = sum(one._buffer.nbytes for one in layers._weights._linears.values())
+    size = sum(one._buffer.nbytes for _, one in layers._weights._linears.values())
     monkeypatch.setattr(prepared_weights, "MOST_KEPT_BYTES", size)
     one_pass(lm)
     assert layers._weights._linears
@@ -158,7 +158,7 @@ def test_the_plan_counts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     lora.attach_lora(lm, given.lora, seed=0)
     layers = FusedLayers().attach(lm)
     one_pass(lm)
-    held = sum(linear._buffer.nbytes for linear in layers._weights._linears.values())
+    held = sum(linear._buffer.nbytes for _, linear in layers._weights._linears.values())
     # The plan is about a GPU's type, of two bytes; here the buffers are float32.
     assert kept_weight_bytes(setup_of(shape_of(one), given)) == held // 2
     monkeypatch.setattr(plan_memory, "MOST_KEPT_BYTES", held // 2 - 1)
