@@ -6,13 +6,13 @@ output scales its sum (`kernels/fp8.py`). W is the left operand: its rows fill t
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 
 from tandem.kernels.fp8 import check_fp8, dequantize_fp8
 from tandem.kernels.reference import Impl, picks_triton
+from tandem.kernels.split_inputs import turns_per_program
 
 try:
     import triton
@@ -24,8 +24,6 @@ except ImportError:  # the twin answers where Triton does not exist
 
 # Rows of x up to which the fused product is taken; beyond, the weight is unpacked for cuBLAS.
 BEST_UP_TO_ROWS = 64
-# Programs that a launch should have, per multiprocessor, before the inputs are no longer split among several.
-_PROGRAMS = 2
 
 
 @dataclass(frozen=True)
@@ -82,11 +80,6 @@ def fp8_linear(
     return out.copy_(product if bias is None else product + bias.float())
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
 def _multiply_triton(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -100,12 +93,9 @@ def _multiply_triton(
     (count, width), outputs = x.shape, packed.shape[0]
     turns = triton.cdiv(width, config.block_k)
     tiles = triton.cdiv(outputs, config.block_n), triton.cdiv(count, config.block_m)
-    wanted = config.splits
-    if wanted is None:
-        # Partial sums are written and read, 8 bytes each: no more of them than bytes of weights.
-        affordable = max(width // (8 * count), 1)
-        wanted = min(triton.cdiv(_PROGRAMS * _multiprocessors(x.device), tiles[0] * tiles[1]), affordable)
-    per_program = triton.cdiv(turns, min(max(wanted, 1), turns))
+    per_program = turns_per_program(
+        turns, tiles[0] * tiles[1], row_bytes=width, count=count, wanted=config.splits, device=x.device
+    )
     splits = triton.cdiv(turns, per_program)
     # Sums of one program each, added in a fixed order. In a captured graph this is graph memory.
     sums = out if splits == 1 else torch.empty(splits, count, outputs, dtype=torch.float32, device=x.device)

@@ -9,7 +9,6 @@ for them.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 
 from tandem.kernels.nf4 import StackedScales, levels_on, write_nf4_stack
 from tandem.kernels.reference import Impl, picks_triton
+from tandem.kernels.split_inputs import turns_per_program
 
 try:
     import triton
@@ -30,8 +30,6 @@ except ImportError:  # the twin answers where Triton does not exist
 BEST_UP_TO_ROWS = 64
 MAX_PARTS = 3
 _BLOCK = 64
-# Programs that a launch should have, per multiprocessor, before the inputs are no longer split among several.
-_PROGRAMS = 2
 
 
 @dataclass(frozen=True)
@@ -170,20 +168,12 @@ def _check(
         raise ValueError(f"bias {tuple(bias.shape)}: [{rows}] is needed")
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
 def _split(blocks: int, count: int, tiles: int, config: Config, device: torch.device) -> tuple[int, int]:
     """Blocks of inputs per program, in whole turns, and programs per tile, for so many rows of x."""
-    turns = math.ceil(blocks / config.unroll)
-    wanted = config.splits
-    if wanted is None:
-        # Partial sums are written and read, 8 bytes each: no more of them than bytes of weights.
-        affordable = blocks * _BLOCK // 2 // (8 * count)
-        wanted = min(math.ceil(_PROGRAMS * _multiprocessors(device) / tiles), affordable)
-    per_program = math.ceil(turns / min(max(wanted, 1), turns)) * config.unroll
+    turns, row_bytes = math.ceil(blocks / config.unroll), blocks * _BLOCK // 2
+    per_program = config.unroll * turns_per_program(
+        turns, tiles, row_bytes=row_bytes, count=count, wanted=config.splits, device=device
+    )
     return per_program, math.ceil(blocks / per_program)
 
 
