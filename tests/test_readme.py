@@ -5,14 +5,20 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_demo_table_is_that_of_the_newest_result():
-    spec = importlib.util.spec_from_file_location("learning", ROOT / "benchmarks" / "learning.py")
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_demo_table_is_that_of_the_newest_result():
+    module = benchmark("learning")
     newest = sorted((ROOT / "benchmarks" / "results").glob("demo-cpu-*.json"))[-1]
     table = module.table(json.loads(newest.read_text(encoding="utf-8")), newest)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,9 +26,7 @@ def test_the_demo_table_is_that_of_the_newest_result():
 
 
 def test_the_tables_of_updates_and_rollouts_are_those_of_the_stored_results():
-    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme_tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = benchmark("readme_tables")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.partition(module.BEGIN)[2].partition(module.END)[0].strip() == module.update_table()
     rollouts = text.partition(module.ROLLOUT_BEGIN)[2].partition(module.ROLLOUT_END)[0].strip()
@@ -52,9 +56,7 @@ def test_the_whole_step_and_the_floor_of_rounding_are_those_of_the_stored_result
 
 
 def test_the_table_of_the_sandbox_is_that_of_the_newest_result():
-    spec = importlib.util.spec_from_file_location("sandbox_benchmark", ROOT / "benchmarks" / "sandbox.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = benchmark("sandbox")
     newest = sorted((ROOT / "benchmarks" / "results").glob("sandbox-cpu-*.json"))[-1]
     result = json.loads(newest.read_text(encoding="utf-8"))
     text = (ROOT / "docs" / "sandbox.md").read_text(encoding="utf-8")
@@ -90,9 +92,7 @@ def test_every_seed_of_the_demo_gains_a_quarter():
 
 
 def test_what_is_tried_and_injected_is_what_a_run_of_the_tests_reported():
-    spec = importlib.util.spec_from_file_location("robustness", ROOT / "benchmarks" / "robustness.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = benchmark("robustness")
     newest = sorted((ROOT / "benchmarks" / "results").glob("robustness-cpu-*.json"))[-1]
     result = json.loads(newest.read_text(encoding="utf-8"))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
