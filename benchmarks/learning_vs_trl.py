@@ -8,7 +8,7 @@ and weights, batch, learning rate, adapter and objective; Tandem as `rl-train ru
 a process of its own. `seconds` are those of training steps, without the start, evaluations and checkpoints;
 `wall_seconds` are all. A held-out score comes from the same code for both, but TRL's model completes with transformers'
 `generate`. `reached` is the first step at which the mean reward of the last 3 steps is at least `--target`. On a GPU
-both generate with vLLM; where TRL cannot, it goes on with transformers, and its error is kept. With `--together` TRL's
+both generate with vLLM; where TRL cannot, it goes on with transformers, and its error is kept. With `--together` all
 runs start at once, which takes the time of one, and wait for their turns; their `wall_seconds` are then not known.
 Writes `benchmarks/results/learning-vs-trl-DEVICE-DATE.json`, anew after every run, and a plot beside it.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import sys
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
             print(path.with_suffix(".png"))
     elif arguments.worker == "device":
         say("DEVICE", facts())
+    elif arguments.worker == "tandem":
+        tandem(arguments, arguments.seeds[0])
     elif arguments.worker:
         try:
             trl(arguments, arguments.seeds[0])
@@ -67,13 +70,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--target", type=float, default=1.0, help="reward that `reached` is about")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the config, for both")
     parser.add_argument("--vllm-share", type=float, default=0.3, help="trl: share of the device for vLLM")
-    parser.add_argument("--together", action="store_true", help="start all runs of TRL at once")
+    parser.add_argument("--together", action="store_true", help="start all runs at once, measure in turn")
     parser.add_argument("--gate", type=Path, help="with --together: measure once this file exists")
     parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--runs", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--timeout", type=float, default=560.0, help="seconds for one run")
     parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results)")
     parser.add_argument("--plot", type=Path, nargs="+", metavar="FILE.json", help="draw these results, measure nothing")
-    parser.add_argument("--worker", choices=("trl", "device"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=(*SYSTEMS, "device"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.model is None and not arguments.plot and arguments.worker != "device":
         parser.error("--model is needed, or --plot with stored results")
@@ -98,30 +102,57 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
         print(json.dumps({k: v for k, v in row.items() if k not in ("curve", "scores")}), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        ahead = {}
-        if arguments.together and "trl" in arguments.systems:
-            for seed in arguments.seeds:
-                place = Path(folder) / str(seed)
-                lines = trl_lines([*argv, "--turn", str(place)], seed, engine, arguments.timeout)
-                ahead[seed] = Ahead(lines, Turn(place))
+        ahead: dict[tuple[str, int], Ahead[str]] = {}
+        if arguments.together:
+            for seed, system in itertools.product(arguments.seeds, arguments.systems):
+                place = Path(folder) / f"{system}-{seed}"
+                lines = lines_of_run(system, [*argv, "--turn", str(place)], seed, engine, place, arguments.timeout)
+                ahead[system, seed] = Ahead(lines, Turn(place))
             for run in ahead.values():
                 run.wait_until_ready()
             print("all are ready", flush=True)
             while arguments.gate and not arguments.gate.exists():
                 time.sleep(0.2)
-        for seed in arguments.seeds:
-            for system in arguments.systems:
-                if system == "tandem":
-                    keep(tandem_row(arguments, argv, seed, engine))
-                    continue
-                keep(trl_row(arguments, argv, seed, engine, ahead.get(seed)))
-                if engine == "vllm" and result["rows"][-1]["error"] is not None:
-                    keep(trl_row(arguments, argv, seed, "transformers"))
+        for seed, system in itertools.product(arguments.seeds, arguments.systems):
+            place = Path(folder) / f"{system}-{seed}"
+            keep(row_of(system, arguments, argv, seed, engine, place, ahead.get((system, seed))))
+            if system == "trl" and engine == "vllm" and result["rows"][-1]["error"] is not None:
+                keep(row_of(system, arguments, argv, seed, "transformers", place))
     for line in summary(result["rows"]):
         print(json.dumps(line))
     print(target)
     draw(result, target.with_suffix(".png"))
     print(target.with_suffix(".png"))
+
+
+def lines_of_run(system: str, argv: list[str], seed: int, engine: str, place: Path, timeout: float) -> Iterator[str]:
+    """What the process of a run says. `place`: folder for the run folder of Tandem's."""
+    command = [*argv, "--worker", system, "--seeds", str(seed), "--engine", engine, "--runs", str(place)]
+    settings = {} if system == "tandem" else SETTINGS | port_of_its_own()
+    return lines_of(system, command, timeout, script=__file__, settings=settings)
+
+
+def row_of(
+    system: str,
+    arguments: argparse.Namespace,
+    argv: list[str],
+    seed: int,
+    engine: str,
+    place: Path,
+    ahead: Ahead[str] | None = None,
+) -> dict[str, Any]:
+    steps, error, started = [], None, time.perf_counter()
+    lines = lines_of_run(system, argv, seed, engine, place, arguments.timeout) if ahead is None else ahead.said()
+    for line in lines:
+        kind, _, rest = line.partition(" ")
+        if kind == "ROW":
+            steps.append(json.loads(rest))
+        elif kind == "ERROR" or (kind == "FAILED" and error is None):
+            error = json.loads(rest)
+    wall = None if ahead else round(time.perf_counter() - started, 2)
+    if system == "tandem":
+        steps = steps_of(place / "run")
+    return make_row(arguments, system, seed, engine, steps, wall_seconds=wall, error=error)
 
 
 def overrides(arguments: argparse.Namespace, seed: int, engine: str) -> list[str]:
@@ -207,18 +238,22 @@ def training_seconds(parts: dict[str, float]) -> float:
 # --- Tandem -----------------------------------------------------------------------------------------------------------
 
 
-def tandem_row(arguments: argparse.Namespace, argv: list[str], seed: int, engine: str) -> dict[str, Any]:
-    """The command that a user types, and what its run folder says."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["from tandem.rl.cli import main; main()", "run", str(arguments.config)]
-        command += [*overrides(arguments, seed, engine), f"output_dir={folder}", "run_name=run"]
-        started, error = time.perf_counter(), None
-        for line in lines_of("tandem", command, arguments.timeout, script="-c", settings={}):
-            if line.startswith("FAILED "):
-                error = json.loads(line.removeprefix("FAILED "))
-        wall = round(time.perf_counter() - started, 2)
-        steps = steps_of(Path(folder) / "run")
-    return make_row(arguments, "tandem", seed, engine, steps, wall_seconds=wall, error=error)
+def tandem(arguments: argparse.Namespace, seed: int) -> None:
+    """The command that a user types; where runs start together, it waits once its engine is ready."""
+    from tandem.rl import cli, commands
+
+    if arguments.turn:
+        open_model = commands.open_model
+
+        def opened(*given: Any) -> Any:
+            found = open_model(*given)
+            Turn(arguments.turn).wait()
+            return found
+
+        commands.open_model = opened
+    settings = [*overrides(arguments, seed, arguments.engine), f"output_dir={arguments.runs}", "run_name=run"]
+    sys.argv = ["rl-train", "run", str(arguments.config), *settings]
+    cli.main()
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
@@ -244,26 +279,6 @@ def samples_per_step(config: Any) -> float:
 
 
 # --- TRL --------------------------------------------------------------------------------------------------------------
-
-
-def trl_lines(argv: list[str], seed: int, engine: str, timeout: float) -> Iterator[str]:
-    command = [*argv, "--worker", "trl", "--seeds", str(seed), "--engine", engine]
-    return lines_of("trl", command, timeout, script=__file__, settings=SETTINGS | port_of_its_own())
-
-
-def trl_row(
-    arguments: argparse.Namespace, argv: list[str], seed: int, engine: str, ahead: Ahead[str] | None = None
-) -> dict[str, Any]:
-    steps, error, started = [], None, time.perf_counter()
-    lines = trl_lines(argv, seed, engine, arguments.timeout) if ahead is None else ahead.said()
-    for line in lines:
-        kind, _, rest = line.partition(" ")
-        if kind == "ROW":
-            steps.append(json.loads(rest))
-        elif kind == "ERROR" or (kind == "FAILED" and error is None):
-            error = json.loads(rest)
-    wall = None if ahead else round(time.perf_counter() - started, 2)
-    return make_row(arguments, "trl", seed, engine, steps, wall_seconds=wall, error=error)
 
 
 def trl(arguments: argparse.Namespace, seed: int) -> None:

@@ -476,8 +476,7 @@ def test_both_learn_the_same_task(tmp_path: Path) -> None:
         assert [p["step"] for p in one["scores"]] == [0, 2, 4]
         assert one["curve"][-1]["seconds"] == one["seconds"] > 0
         assert one["reached"]["samples"] >= 48
-    assert tandem["wall_seconds"] > tandem["seconds"]
-    assert trl["wall_seconds"] is None, "it has waited for its turn"
+    assert tandem["wall_seconds"] is trl["wall_seconds"] is None, "they have waited for their turns"
     # The same model, prompts and greedy completions before the first step.
     assert tandem["score_before"] == trl["score_before"]
     assert [one["system"] for one in content["summary"]] == ["tandem", "trl"]
