@@ -138,9 +138,13 @@ class RestartingEngine:
         return engine
 
     def _bury(self, doing: str, error: Exception) -> None:
-        """Close what died. Only text is kept of the error: its frames would hold the engine's memory."""
+        """Close what died. Only text is kept of the error: its frames hold the engine's memory, and are emptied."""
         frame = traceback.extract_tb(error.__traceback__)[-1]
         said = f"{' '.join(cause(error).split())} while {doing} ({frame.filename}:{frame.lineno})"
+        behind: BaseException | None = error
+        while behind is not None:
+            traceback.clear_frames(behind.__traceback__)
+            behind = behind.__cause__ or behind.__context__
         self._deaths.append(said)
         dead, self._engine = self._engine, None
         follows = "it is built anew, and goes on with the same seeds" if len(self._deaths) <= RESTARTS else "once more"

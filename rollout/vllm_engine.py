@@ -239,7 +239,7 @@ class VllmEngine:
             self._llm = self._push = self._stream = None
             gc.collect()
             if self._lm.device.type == "cuda":
-                self._api.release()
+                self._api.release(asleep=self._asleep)
                 torch.cuda.empty_cache()
 
 
@@ -419,7 +419,12 @@ def load_api() -> Any:
     from vllm.lora.request import LoRARequest
 
     from tandem.rollout import vllm_shared
+    from tandem.rollout.sleep_pools import release_pools
     from tandem.rollout.stored_linear import release_scratch
+
+    def release(*, asleep: bool) -> None:
+        release_scratch()
+        release_pools(asleep=asleep)
 
     sharing: Callable[[Any], AbstractContextManager[dict[str, Any]]] = vllm_shared.sharing
     return SimpleNamespace(
@@ -428,5 +433,5 @@ def load_api() -> Any:
         LoRARequest=LoRARequest,
         sharing=sharing,
         worker=vllm_shared.WORKER,
-        release=release_scratch,
+        release=release,
     )

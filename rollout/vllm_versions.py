@@ -56,6 +56,7 @@ _COMMON = (
     Relied("vllm.lora.request", "LoRARequest", ("lora_name", "lora_int_id", "lora_path", "load_inplace")),
     Relied("vllm.v1.engine.llm_engine", "LLMEngine.add_lora", ("lora_request",)),
     Relied("vllm.v1.engine.core_client", "InprocClient.shutdown"),
+    Relied("vllm.device_allocator.cumem", "CuMemAllocator.sleep", ("offload_tags",)),
     Relied("vllm.v1.worker.gpu_worker", "Worker._maybe_get_memory_pool_context", ("tag",)),
     Relied("vllm.lora.worker_manager", "WorkerLoRAManager.add_dummy_lora", ("lora_request", "rank")),
     Relied("vllm.lora.model_manager", "LoRAModelManager.activate_adapter", ("lora_id",)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -263,6 +264,27 @@ def test_a_dead_engine_that_cannot_be_closed_is_left() -> None:
     engine = RestartingEngine(first, building(Scripted(None, None)), warn=said.append)
     engine.wake()
     assert "could not be closed: OSError: no answer" in said[1]
+
+
+def test_what_an_engine_died_with_holds_no_memory() -> None:
+    """The next engine allocates from what the dead one lets go of, and its frames hold tensors."""
+
+    class Dying(Scripted):
+        def wake(self) -> None:
+            held = torch.zeros(1)
+            alive.append(weakref.ref(held))
+            try:
+                raise OSError("out of memory")
+            except OSError as error:
+                raise RuntimeError("core is gone") from error
+
+        def close(self) -> None:
+            alive.append(alive[0]())
+
+    alive: list[Any] = []
+    engine = RestartingEngine(Dying(), building(Scripted()), warn=lambda text: None)
+    engine.wake()
+    assert alive[1] is None
 
 
 def test_what_died_outside_a_rollout_is_built_in_the_next_one() -> None:

@@ -348,9 +348,9 @@ def moments_are_needed(bench: Bench, run: Path) -> None:
     lose = "import tandem.rl.commands as c\nreal = c.restore\nc.restore = lambda *a: (real(*a), a[2].state.clear())"
     code, said = bench.finish(bench.start("resume", run, events=lose))
     assert code == 0, said
-    found = bench.distance(run)
-    print(f"without the optimiser's moments: {found}")
-    assert found.completions[3] < SAME or not found.within(bench.noise)
+    moved = adapters_apart(run, bench.plain)
+    print(f"without the optimiser's moments: {bench.distance(run)}, adapters {moved:.4f} apart")
+    assert moved > FLOOR["adapter"]
 
 
 def test_a_kill_in_mid_generation_leaves_nothing_on_the_device(bench: Bench) -> None:

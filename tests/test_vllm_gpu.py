@@ -44,7 +44,6 @@ ENGINES = {
 # The median and 99th percentile by which the trained model differs from itself with its hidden units shuffled, of
 # benchmarks/rounding_floor.py. The trainer and the engine round at other places, too: hence half as much again.
 FLOORS = {"smollm2-bf16": (0.02423, 0.18177), "smollm2-nf4": (0.02593, 0.21913)}
-COMPILED = [name for name, (_, _, compiled) in ENGINES.items() if compiled]
 SMALL: dict[str, Any] = {
     "vocab_size": 4099,
     "hidden_size": 512,
@@ -127,7 +126,9 @@ def build(name: str, folder: Path) -> SimpleNamespace:
     started = time.perf_counter()
     engine = VllmEngine(lm, store, options)
     say("start", {"seconds": round(time.perf_counter() - started, 1), "unchanged": surroundings() == before})
-    return SimpleNamespace(store=store, lm=lm, engine=engine, prompts=prompts, trained=source == TRAINED)
+    return SimpleNamespace(
+        store=store, lm=lm, engine=engine, options=options, prompts=prompts, trained=source == TRAINED
+    )
 
 
 def surroundings() -> list:
@@ -310,6 +311,12 @@ def same(a: list, b: list) -> float:
 
 def part_requests(rig: SimpleNamespace) -> dict:
     """Stops, group order, and what a request owes to its neighbours."""
+    # Without an adapter's part nothing is summed in an order that changes from call to call.
+    move(rig.lm, seed=1, size=0.0)
+    rig.engine.load_adapter(200)
+    bare, bare_again = (rig.engine.generate(rig.prompts, sampling()) for _ in range(2))
+    move(rig.lm, seed=1)
+    rig.engine.load_adapter(201)
     whole = rig.engine.generate(rig.prompts, sampling())
     again = rig.engine.generate(rig.prompts, sampling())
     alone = [rig.engine.generate([prompt], sampling())[0] for prompt in rig.prompts]
@@ -320,6 +327,7 @@ def part_requests(rig: SimpleNamespace) -> dict:
     flat = [c for g in stopped for c in g.completions]
     distinct = [len({tuple(c.ids) for c in g.completions}) for g in whole]
     return {
+        "repeated_bare": same(bare, bare_again),
         "repeated": same(whole, again),
         "alone": same(whole, alone),
         "other_seed": same(whole, other),
@@ -351,15 +359,16 @@ def restricted(rig: SimpleNamespace) -> dict:
 
 def part_groups(rig: SimpleNamespace) -> dict:
     """Groups are handed over while others are still generated."""
-    sampled = [token for g in rig.engine.generate(rig.prompts, sampling()) for c in g.completions for token in c.ids]
-    often = sorted(set(sampled), key=sampled.count)[-8:]
+    first = rig.engine.generate(rig.prompts, sampling())[0]
+    # Whatever a rounding changes, the first group samples one of these soon; others need not at all.
+    stops = tuple(sorted({token for c in first.completions for token in c.ids[:16]}))
     told, running = [], []
 
     def on_group(place: int, group: Any) -> None:
         told.append((place, [c.ids for c in group.completions]))
         running.append(rig.engine._llm.llm_engine.has_unfinished_requests())
 
-    asked = sampling(stop_token_ids=tuple(often))
+    asked = sampling(stop_token_ids=stops)
     plain, stepped = rig.engine.generate(rig.prompts, asked), rig.engine.generate(rig.prompts, asked, on_group=on_group)
     return {
         "same": same(plain, stepped),
@@ -398,9 +407,19 @@ def work(name: str, folder: Path) -> None:
             say(part.__name__.removeprefix("part_"), part(rig))
         except Exception:  # noqa: BLE001  # the other parts are to run; the traceback is the part's result
             say(part.__name__.removeprefix("part_"), {"error": traceback.format_exc()[-3000:]})
-    allocated = torch.cuda.memory_allocated()
+    torch.cuda.empty_cache()
+    before = used_mib(os.getpid())
     rig.engine.close()
-    say("closed", {"freed_mib": (allocated - torch.cuda.memory_allocated()) / MIB, "stream": surroundings()[6]})
+    say("closed", {"freed_mib": before - used_mib(os.getpid()), "stream": surroundings()[6]})
+    if not ENGINES[name][2]:  # with nothing to compile it starts in seconds
+        from tandem.rollout.vllm_engine import VllmEngine
+
+        rig.engine = VllmEngine(rig.lm, rig.store, rig.options)
+        move(rig.lm, seed=3)
+        rig.engine.load_adapter(0)
+        rig.engine.sleep()
+        rig.engine.wake()
+        say("anew", differ(rig, rig.engine.generate(rig.prompts, sampling())))
 
 
 def generate_forever(folder: Path) -> None:
@@ -495,13 +514,15 @@ def test_phases(name, engines):
     assert abs(found["drift_mib"]) <= 16
     assert found["awake_mib"] - found["asleep_mib"] >= 0.9 * found["kv_mib"]
     assert found["sleep_ms"] + found["wake_ms"] + found["push_ms"] <= 50
-    assert found["after"]["median"] <= 0.03
+    assert found["after"]["median"] <= 1.5 * FLOORS.get(name, (0.02, 0.2))[0]
 
 
 @every_engine
 def test_requests(name, engines):
     found = result(name, "requests", engines)
-    assert found["repeated"] >= 0.9
+    assert found["repeated_bare"] >= 0.9
+    # vLLM's adapter product adds its parts up as they come (atomics): a token in a hundred may turn, in 64 half of all.
+    assert found["repeated"] >= 0.3
     assert found["other_seed"] <= 0.1
     assert found["distinct_in_group"] == 4
     assert found["lengths"] == [64]
@@ -527,9 +548,14 @@ def test_stop_strings(name, engines):
     assert (found["early"], found["wrong"]) == (0, 0)
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@every_engine
 def test_a_closed_engine_gives_its_memory_back(name, engines):
-    assert result(name, "closed", engines)["freed_mib"] > 0
+    assert result(name, "closed", engines)["freed_mib"] >= 0.9 * result(name, "phases", engines)["kv_mib"]
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, compiled) in ENGINES.items() if not compiled])
+def test_another_engine_can_follow_in_the_same_process(name, engines):
+    assert result(name, "anew", engines)["median"] <= 1.5 * FLOORS.get(name, (0.02, 0.2))[0]
 
 
 def test_a_killed_process_leaves_nothing_on_the_device(folder):

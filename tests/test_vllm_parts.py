@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tandem.kernels.fp8 import dequantize_fp8, quantize_fp8
 from tandem.kernels.nf4 import write_nf4_stack
 from tandem.rl.errors import UserError
-from tandem.rollout import stored_linear
+from tandem.rollout import sleep_pools, stored_linear
 from tandem.rollout.policy_adapter import InPlacePush, LoraPart, PolicyNames, Stacks, buffer_rank
 from tandem.rollout.process_state import on_stream, preserved
 from tandem.rollout.stored_linear import release_scratch, reserve_scratch
@@ -414,3 +414,41 @@ def test_binding_refuses_what_is_left_over_on_either_side():
     copied.qkv.weight = torch.nn.Parameter(copied.qkv.weight.clone(), requires_grad=False)
     with pytest.raises(RuntimeError, match=r"do not lie in the weight store: qkv\.weight"):
         WeightBinding(same).bind(copied)
+
+
+# Pools of sleep mode ----------------------------------------------------------------------------------------------
+
+
+class Pool:
+    def __init__(self, used: int) -> None:
+        self.used = used
+
+    def snapshot(self) -> list[dict[str, int]]:
+        return [{"allocated_size": 0}, {"allocated_size": self.used}]
+
+
+class Allocator:
+    """vLLM's, with one pool for the KV cache."""
+
+    def __init__(self, used: int = 0) -> None:
+        self.allocator_and_pools = {"kv_cache": (Pool(used), object())}
+        self.pointer_to_data = {4096: "handle"}
+        self.slept = 0
+
+    def sleep(self, offload_tags: tuple[str, ...]) -> None:
+        assert offload_tags == ()
+        self.slept += 1
+
+
+@pytest.mark.parametrize(
+    ("used", "asleep", "left", "slept"), [(0, False, 0, 0), (8, False, 1, 1), (0, True, 1, 0), (8, True, 1, 0)]
+)
+def test_pools_go_unless_they_are_used_or_asleep(monkeypatch, used, asleep, left, slept):
+    monkeypatch.setattr(sleep_pools, "_left", [])
+    allocator = Allocator(used)
+    sleep_pools.release_pools(asleep=asleep, allocator=allocator)
+    assert allocator.allocator_and_pools == {}, "the next engine's pool takes nobody's place"
+    assert len(sleep_pools._left) == left
+    # What goes is looked up once more as PyTorch frees it; what stays must not be woken with the next engine's.
+    assert allocator.pointer_to_data == ({} if left else {4096: "handle"})
+    assert allocator.slept == slept
