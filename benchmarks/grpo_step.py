@@ -47,7 +47,8 @@ from turns import Ahead, Turn
 from update import GIB, RANK, RESULTS, TARGETS, command_line, device_facts, header, lines_of, result_path, store
 
 SYSTEMS = ("tandem", "tandem-int4", "tandem-fp8", "tandem-bf16", "trl", "trl-awake", "trl-bf16", "unsloth")
-# PyTorch's allocator is left as a user has it; what PYTORCH_CUDA_ALLOC_CONF says is stored with the result.
+# PyTorch's allocator is left as a user has it, for Tandem as its command sets it; what PYTORCH_CUDA_ALLOC_CONF says for
+# the others is stored with the result.
 SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 COLUMNS = ("step", "seconds", "parts", "tokens", "tokens_per_s", "logged", "error")
 MEMORY = ("allocated_gib", "reserved_gib", "device_gib")
@@ -194,11 +195,20 @@ def rows_of(
 
 def said(worker: str, argv: list[str], timeout: float) -> Iterator[tuple[str, str]]:
     """The lines of a worker, by their first word."""
-    settings = SETTINGS | port_of_its_own() | ({"UNSLOTH_VLLM_STANDBY": "1"} if worker == "unsloth" else {})
+    settings = (tandem_settings() if worker.startswith("tandem") else SETTINGS) | port_of_its_own()
+    if worker == "unsloth":
+        settings["UNSLOTH_VLLM_STANDBY"] = "1"
     for line in lines_of(worker, [*argv, "--worker", worker], timeout, script=__file__, settings=settings):
         kind, _, rest = line.partition(" ")
         if kind in ("DEVICE", "START", "ROW", "NOTE", "ERROR", "FAILED"):
             yield kind, rest
+
+
+def tandem_settings() -> dict[str, str]:
+    """Environment variables that Tandem's command sets for itself."""
+    from tandem.rl.allocator import GROWING
+
+    return SETTINGS | ({} if "PYTORCH_CUDA_ALLOC_CONF" in os.environ else GROWING)
 
 
 def port_of_its_own() -> dict[str, str]:

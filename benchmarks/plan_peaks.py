@@ -236,7 +236,7 @@ def run_case(number: int, checkpoint: Path, arguments: argparse.Namespace, room:
 def said(worker: str, model: Path | None, timeout: float) -> Iterator[tuple[str, str]]:
     """The lines of a worker, by their first word."""
     given = ["--worker", worker, *(["--model", str(model)] if model else [])]
-    for line in lines_of(worker, given, timeout, script=__file__, settings=grpo_step.SETTINGS):
+    for line in lines_of(worker, given, timeout, script=__file__, settings=grpo_step.tandem_settings()):
         kind, _, rest = line.partition(" ")
         if kind in ("DEVICE", "CASE", "NOTE", "ERROR", "FAILED"):
             yield kind, rest

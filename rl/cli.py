@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tandem.rl.allocator import use_growing_segments
 from tandem.rl.errors import RunStopped, UserError
 from tandem.rl.library_imports import collector_off
 
@@ -159,6 +160,7 @@ def plan(
 
 def main() -> None:
     """Entry point: turns a user's mistake into one clear message and exit code 2."""
+    use_growing_segments()
     try:
         _refuse_dashes(sys.argv[1:])
         app()

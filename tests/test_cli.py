@@ -226,6 +226,19 @@ def sft_run(place: Path) -> tuple[Path, Done]:
     return place / "runs" / "sft", done
 
 
+@pytest.mark.parametrize(
+    "said", [{}, {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": ""}], ids=str
+)
+def test_a_gpu_s_memory_grows_unless_the_user_says_otherwise(said: dict[str, str]) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    environment = {k: v for k, v in ENVIRONMENT.items() if k not in names} | said
+    code = f"import os; print({{k: v for k, v in os.environ.items() if k in {names}}}, 'torch' in sys.modules)"
+    whole = f"import atexit, sys\nfrom tandem.rl.cli import main\natexit.register(lambda: exec({code!r}))\nmain()"
+    done = subprocess.run([sys.executable, "-c", whole, "--help"], env=environment, capture_output=True, text=True)
+    expected = said or {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert done.stdout.strip().endswith(f"{expected} False"), done.stdout
+
+
 def test_sft_learns_and_leaves_its_files(sft_run: tuple[Path, Done]) -> None:
     run, done = sft_run
     losses = [line["loss"] for line in metrics(run) if "loss" in line]
