@@ -7,9 +7,11 @@ says nothing to the others.
 
 from __future__ import annotations
 
+import os
 import select
 import subprocess
 import sys
+import threading
 import time
 
 GIB = 1 << 30
@@ -49,6 +51,40 @@ class DeviceWatch:
 
     def __exit__(self, *_: object) -> None:
         self._process.communicate(timeout=60)
+
+
+class OwnMemory:
+    """The peak of what this process alone uses of the device, context and vLLM's pools included, as the driver says.
+
+    Raises:
+        RuntimeError: the driver does not know this process, as in some containers.
+    """
+
+    def __init__(self) -> None:
+        import pynvml
+        import torch
+
+        torch.zeros(1, device="cuda")
+        pynvml.nvmlInit()
+        self._nvml, self._device = pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
+        if self._now() is None:
+            raise RuntimeError(f"the driver tells no memory of process {os.getpid()}")
+        self._peak = 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _now(self) -> int | None:
+        known = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._device)
+        return next((one.usedGpuMemory for one in known if one.pid == os.getpid()), None)
+
+    def _watch(self) -> None:
+        while True:
+            self._peak = max(self._peak, self._now() or 0)
+            time.sleep(_PERIOD)
+
+    def peak_gib(self) -> float:
+        """Since the last call."""
+        found, self._peak = max(self._peak, self._now() or 0), 0
+        return round(found / GIB, 3)
 
 
 def main() -> None:

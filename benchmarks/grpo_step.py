@@ -20,6 +20,9 @@ By the sources of TRL 1.15 and vLLM 0.24, sleep mode discards vLLM's weights and
 scales of 4-bit weights: `trl` would then sample from another policy than it trains, which `logp_difference` (mean of
 |engine - trainer|, nats) shows. trl-awake does without sleep mode.
 
+With `--beside` other processes may use the device meanwhile: `device_gib` is then what the driver says of the system's
+own process, and seconds say at most how long it takes.
+
 `--longest` instead takes one prompt of LENGTH - 2048 tokens with two completions of 2048 tokens each, with Tandem, up
 to the first length that fails. Without a CUDA device, tandem and trl generate through transformers, which tries the
 benchmark out. Writes `benchmarks/results/grpo-step-DEVICE-DATE.json`, anew after every step.
@@ -42,7 +45,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from device_watch import DeviceWatch
+from device_watch import DeviceWatch, OwnMemory
 from turns import Ahead, Turn
 from update import GIB, RANK, RESULTS, TARGETS, command_line, device_facts, header, lines_of, result_path, store
 
@@ -53,6 +56,7 @@ SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "
 COLUMNS = ("step", "seconds", "parts", "tokens", "tokens_per_s", "logged", "error")
 MEMORY = ("allocated_gib", "reserved_gib", "device_gib")
 LONG_COMPLETION = 2048
+_own_memory: OwnMemory | None = None
 _LOGGED = ("loss", "grad_norm", "reward", "entropy", "completions/", "parity/", "sampling/", "step_time", "perf/")
 
 
@@ -90,6 +94,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=560.0, help="seconds for one system")
     parser.add_argument("--together", action="store_true", help="start all systems at once, measure in turn")
     parser.add_argument("--gate", type=Path, help="with --together: measure once this file exists")
+    parser.add_argument("--beside", action="store_true", help="others use the device, too: watch the own process")
     parser.add_argument("--into", type=Path, metavar="FILE.json", help="add to this result")
     parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results)")
     parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
@@ -103,8 +108,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"every length of --longest must be more than the {LONG_COMPLETION} tokens that are sampled")
     if arguments.longest and arguments.together:
         parser.error("--longest is for one system: leave --together out")
-    if arguments.together and arguments.cap:
-        parser.error("--cap holds back the rest of the device from all systems: leave --together out")
+    if arguments.cap and (arguments.together or arguments.beside):
+        parser.error("--cap holds back the rest of the device from all others: leave --together and --beside out")
     if arguments.longest and not arguments.systems[0].startswith("tandem"):
         parser.error(f"--longest is for tandem, not for {arguments.systems[0]}")
     arguments.warmup_tokens = min(arguments.warmup_tokens, arguments.completion_tokens)
@@ -121,10 +126,10 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
     result = header("grpo_step.py", "grpo-step", argv, device)
     result |= {"allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), "notes": {}, "rows": []}
     target = arguments.into or result_path(arguments.out or RESULTS, result)
-    on_gpu = device["total_gib"] is not None
+    on_gpu, shared = device["total_gib"] is not None, arguments.together or arguments.beside
     with (
         tempfile.TemporaryDirectory() as folder,
-        DeviceWatch(arguments.cap) if on_gpu and not arguments.together else nullcontext() as watch,
+        DeviceWatch(arguments.cap) if on_gpu and not shared else nullcontext() as watch,
     ):
         ahead = {}
         if arguments.together:
@@ -182,8 +187,10 @@ def rows_of(
     error = None
     for kind, rest in lines:
         if kind in ("ROW", "START"):
-            peak = None if watch is None else watch.peak_gib()
-            yield row(system, arguments, **json.loads(rest), device_gib=peak)
+            values = json.loads(rest)
+            if watch is not None:
+                values["device_gib"] = watch.peak_gib()
+            yield row(system, arguments, **values)
         elif kind == "NOTE":
             notes.append(json.loads(rest))
         elif kind == "ERROR" or (kind == "FAILED" and error is None):
@@ -263,8 +270,11 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def work(system: str, arguments: argparse.Namespace) -> None:
+    global _own_memory
     started = time.perf_counter()
     try:
+        if arguments.beside and facts()["total_gib"] is not None:
+            _own_memory = OwnMemory()
         {"tandem": tandem, "trl": trl, "unsloth": unsloth}[system.partition("-")[0]](system, arguments, started)
     except Exception as error:  # noqa: BLE001  # whatever it was belongs into the result
         report_error(error)
@@ -333,14 +343,15 @@ def is_number(value: Any) -> bool:
 
 
 def own_peaks() -> dict[str, float]:
-    """PyTorch's peaks since the last call, in GiB; nothing without a device."""
+    """Peaks since the last call, in GiB: PyTorch's, and the process's where it is watched; nothing without a device."""
     import torch
 
     if not torch.cuda.is_available():
         return {}
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     torch.cuda.reset_peak_memory_stats()
-    return {"allocated_gib": round(allocated / GIB, 3), "reserved_gib": round(reserved / GIB, 3)}
+    found = {"allocated_gib": round(allocated / GIB, 3), "reserved_gib": round(reserved / GIB, 3)}
+    return found | ({"device_gib": _own_memory.peak_gib()} if _own_memory else {})
 
 
 def questions(model: str, count: int, tokens: int) -> list[dict[str, str]]:
