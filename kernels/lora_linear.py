@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tandem.kernels.adapter_copy import Part
 from tandem.kernels.reference import wide_product
 from tandem.kernels.row_copy import copy_rows
 
@@ -46,6 +47,7 @@ class LoraLinear:
 
     Attributes:
         weight: `[out, in]`, a part of the buffer for the caller to fill. rank: columns that the adapters take.
+        adapter_parts: where each branch's a and b belong in the buffer.
     """
 
     def __init__(
@@ -67,11 +69,11 @@ class LoraLinear:
         if self.rank > total or len(branches) > 1 or any(one.b.shape[0] < out_features for one in branches):
             self._b.zero_()
             self._a[total:].zero_()
-        self._a_parts, self._b_parts, column = [], [], 0
+        self.adapter_parts, column = [], 0
         for one in branches:
             stop = column + one.a.shape[0]
-            self._a_parts.append(self._a[column:stop])
-            self._b_parts.append(self._b[one.start : one.start + one.b.shape[0], column:stop])
+            b = self._b[one.start : one.start + one.b.shape[0], column:stop]
+            self.adapter_parts += [Part(one.a, self._a[column:stop], 1.0), Part(one.b, b, one.scale)]
             column = stop
         self.take_adapters()
 
@@ -79,9 +81,10 @@ class LoraLinear:
         """Copy the adapters as they are now, for the products from here on."""
         if not self.branches:
             return
-        wide = [one.b.to(torch.promote_types(one.b.dtype, self._b.dtype)) for one in self.branches]
-        torch._foreach_copy_(self._a_parts, [one.a for one in self.branches])
-        torch._foreach_copy_(self._b_parts, torch._foreach_mul(wide, [one.scale for one in self.branches]))
+        sources, targets, scales = zip(*self.adapter_parts, strict=True)
+        wide = [one.to(torch.promote_types(one.dtype, self._b.dtype)) for one in sources[1::2]]
+        torch._foreach_copy_(targets[::2], sources[::2])
+        torch._foreach_copy_(targets[1::2], torch._foreach_mul(wide, scales[1::2]))
 
     def inputs(self, x: torch.Tensor | int) -> torch.Tensor:
         """`xs` `[N, in + rank]` for `x` `[N, in]`; for a number of rows, a buffer whose columns `:in` are to be filled,

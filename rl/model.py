@@ -115,7 +115,13 @@ class LanguageModel:
 
     @contextmanager
     def packed(self) -> Iterator[None]:
-        """Attention by pack layout while this is open; the model's own attention before and after."""
+        """Attention by pack layout while this is open; the model's own attention before and after.
+
+        Fused layers go by the layout anyway, and telling every module of a small model takes as long as a layer.
+        """
+        if self.fused is not None:
+            yield
+            return
         before = self.causal_lm.config._attn_implementation
         self.causal_lm.set_attn_implementation(PACKED)
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from tandem.kernels.adapter_copy import AdapterCopies
 from tandem.kernels.lora_linear import Branch, LoraLinear, padded_rank
 from tandem.rl.families import Block, Layer
 
@@ -45,7 +46,8 @@ class KeptWeights:
     def __init__(self) -> None:
         # By the layers that are multiplied by: what they were prepared from is compared, and only the latest is kept.
         self._linears: dict[_Key, tuple[_Key, LoraLinear]] = {}
-        self._current: set[_Key] = set()
+        # The adapters of all that is kept, copied at once; None: to be made anew.
+        self._copies: AdapterCopies | None = None
         self._allowed = True
 
     def begin(self, layer: Layer, layers: int, dtype: torch.dtype) -> bool:
@@ -57,27 +59,33 @@ class KeptWeights:
         Returns:
             Whether weights are kept: not those of a large model, and none after `stop`.
         """
-        self._current.clear()
         if not self._allowed or layers * _prepared_bytes(layer, dtype) > MOST_KEPT_BYTES:
-            self._linears.clear()
+            self._drop()
             return False
+        if self._linears:
+            if self._copies is None:
+                parts = [part for _, linear in self._linears.values() for part in linear.adapter_parts]
+                self._copies = AdapterCopies(parts)
+            self._copies.run()
         return True
 
     def of(self, block: Block, dtype: torch.dtype) -> LoraLinear:
-        """With the adapters as they were when this pass first asked."""
+        """With the adapters as they were when this pass began."""
         bases, origin = tuple(id(one.base) for one in block.projections), _origin(block, dtype)
         if bases not in self._linears or self._linears[bases][0] != origin:
             self._linears.pop(bases, None)  # before another one takes as much memory
+            self._copies = None
             self._linears[bases] = origin, _prepared(block, dtype)
-        elif bases not in self._current:
-            self._linears[bases][1].take_adapters()
-        self._current.add(bases)
         return self._linears[bases][1]
 
     def stop(self) -> None:
         """Memory is needed: drop all, and keep none from now on."""
         self._allowed = False
+        self._drop()
+
+    def _drop(self) -> None:
         self._linears.clear()
+        self._copies = None
 
 
 def _origin(block: Block, dtype: torch.dtype) -> _Key:

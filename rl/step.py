@@ -243,8 +243,12 @@ def top_entropy_masks(entropies: list[torch.Tensor], share: float) -> list[torch
 
 @contextmanager
 def training_mode(lm: LanguageModel) -> Iterator[None]:
-    """Train mode (dropout, checkpointing) and packed attention for the duration of a backward pass."""
+    """Train mode (dropout, checkpointing) and packed attention for the duration of a backward pass. Fused layers have
+    neither dropout nor another way to compute, and are not told."""
     with lm.packed():
+        if lm.fused is not None:
+            yield
+            return
         lm.model.train()
         try:
             yield
