@@ -311,14 +311,14 @@ def same(a: list, b: list) -> float:
 
 def part_requests(rig: SimpleNamespace) -> dict:
     """Stops, group order, and what a request owes to its neighbours."""
-    # Without an adapter's part nothing is summed in an order that changes from call to call.
+    # The first call for an adapter computes prompts whole, the others take what is cached of them: other products. And
+    # without an adapter's part nothing is summed in an order that changes from call to call.
     move(rig.lm, seed=1, size=0.0)
     rig.engine.load_adapter(200)
-    bare, bare_again = (rig.engine.generate(rig.prompts, sampling()) for _ in range(2))
+    _, bare, bare_again = (rig.engine.generate(rig.prompts, sampling()) for _ in range(3))
     move(rig.lm, seed=1)
     rig.engine.load_adapter(201)
-    whole = rig.engine.generate(rig.prompts, sampling())
-    again = rig.engine.generate(rig.prompts, sampling())
+    _, whole, again = (rig.engine.generate(rig.prompts, sampling()) for _ in range(3))
     alone = [rig.engine.generate([prompt], sampling())[0] for prompt in rig.prompts]
     other = rig.engine.generate(rig.prompts, sampling(seed=8))
 
@@ -520,7 +520,7 @@ def test_phases(name, engines):
 @every_engine
 def test_requests(name, engines):
     found = result(name, "requests", engines)
-    assert found["repeated_bare"] >= 0.9
+    assert found["repeated_bare"] >= 0.95
     # vLLM's adapter product adds its parts up as they come (atomics): a token in a hundred may turn, in 64 half of all.
     assert found["repeated"] >= 0.3
     assert found["other_seed"] <= 0.1
@@ -528,7 +528,7 @@ def test_requests(name, engines):
     assert found["lengths"] == [64]
     assert found["stopped"] > 0
     assert found["stops_are_last"]
-    assert found["restricted"]["median"] <= 0.03
+    assert found["restricted"]["median"] <= 1.5 * FLOORS.get(name, (0.02, 0.2))[0]
 
 
 @every_engine
