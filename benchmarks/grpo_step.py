@@ -10,7 +10,8 @@ is what its trainer does between two logs; `parts` are seconds where the system 
 `seconds`. A step with short completions (`--warmup-tokens`), in which everything is compiled, comes first and counts as
 a part of the start; the summary takes medians of the steps after it. `--cap` is held back by another process (see
 device_watch.py), and `device_gib` is the peak of all that a system used of the device, its context included.
-`allocated_gib` and `reserved_gib` are PyTorch's own peaks, in which vLLM's pool counts also while it sleeps.
+`allocated_gib` and `reserved_gib` are PyTorch's own peaks, in which vLLM's pool counts also while it sleeps; Tandem,
+which resets them by phase, says its phases' peaks itself, without the pool while it sleeps.
 
 With `--together` all systems start and warm up at once, which takes the time of one, and then measure in turn while the
 others wait; what is in use on the device is then everybody's, and is not reported. `--into FILE` adds to a result that
@@ -57,7 +58,18 @@ COLUMNS = ("step", "seconds", "parts", "tokens", "tokens_per_s", "logged", "erro
 MEMORY = ("allocated_gib", "reserved_gib", "device_gib")
 LONG_COMPLETION = 2048
 _own_memory: OwnMemory | None = None
-_LOGGED = ("loss", "grad_norm", "reward", "entropy", "completions/", "parity/", "sampling/", "step_time", "perf/")
+_LOGGED = (
+    "loss",
+    "grad_norm",
+    "reward",
+    "entropy",
+    "completions/",
+    "parity/",
+    "sampling/",
+    "step_time",
+    "perf/",
+    "memory/",
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -335,7 +347,16 @@ class StepLines:
             "tokens_per_s": None if length is None else round(length * sequences / seconds, 1),
             "logged": {name: value for name, value in logged.items() if name.startswith(_LOGGED) and is_number(value)},
         }
-        say("ROW", values | own_peaks())
+        say("ROW", values | own_peaks() | phase_peaks(logged))
+
+
+def phase_peaks(logged: dict[str, Any]) -> dict[str, float]:
+    """The highest of what Tandem logs of its phases; nothing of another trainer's log."""
+    kinds = {"allocated_gib": "memory/peak_allocated/", "reserved_gib": "memory/reserved/"}
+    found = {
+        kind: [value for name, value in logged.items() if name.startswith(prefix)] for kind, prefix in kinds.items()
+    }
+    return {kind: round(max(values), 3) for kind, values in found.items() if values}
 
 
 def is_number(value: Any) -> bool:
