@@ -86,11 +86,11 @@ class LoraLinear:
         torch._foreach_copy_(targets[::2], sources[::2])
         torch._foreach_copy_(targets[1::2], torch._foreach_mul(wide, scales[1::2]))
 
-    def inputs(self, x: torch.Tensor | int) -> torch.Tensor:
+    def inputs(self, x: torch.Tensor | int, *, into: torch.Tensor | None = None) -> torch.Tensor:
         """`xs` `[N, in + rank]` for `x` `[N, in]`; for a number of rows, a buffer whose columns `:in` are to be filled,
-        and then `complete_inputs` called."""
+        and then `complete_inputs` called. `into`: such a buffer."""
         count = x if isinstance(x, int) else x.shape[0]
-        xs = self._buffer.new_empty(count, self.in_features + self.rank)
+        xs = self._buffer.new_empty(count, self.in_features + self.rank) if into is None else into
         if not isinstance(x, int):
             copy_rows(xs[:, : self.in_features], x)
             self.complete_inputs(xs)
@@ -123,9 +123,13 @@ class LoraLinear:
         bias = self.bias if rows is None else self.bias[rows]
         return torch.addmm(bias, xs, part.t(), out=out)
 
-    def add_forward(self, xs: torch.Tensor, into: torch.Tensor) -> None:
-        """Add `y` to `into` `[N, out]`, rounding once."""
-        into.addmm_(xs, self._buffer[: self.out_features].t())
+    def add_forward(self, xs: torch.Tensor, into: torch.Tensor, *, to: torch.Tensor) -> None:
+        """Write `to + y` `[N, out]` to `into`, which may be `to`, rounding once."""
+        weight = self._buffer[: self.out_features].t()
+        if to is into:
+            into.addmm_(xs, weight)
+        else:
+            torch.addmm(to, xs, weight, out=into)
         if self.bias is not None:
             into.add_(self.bias)
 

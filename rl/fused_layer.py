@@ -42,7 +42,8 @@ class LayerPlan:
             more; auto: save where the store has room for it.
         projections: whether the backward pass finds queries, keys, values, gate and up, two thirds of what it would
             compute again. save: of all layers, on the device; recompute: of none; auto: on a GPU of as many layers,
-            from the last, as fit beside everything else.
+            from the last, as fit beside everything else. A small model, which is bound by calls, then keeps all else
+            too that would be computed again.
     """
 
     tile_rows: int = TILE_ROWS
@@ -147,14 +148,17 @@ class FusedLayers:
         first = spec.layer(0)
         store, save = self._store_for(h, spec.num_layers, first)
         groups = plan.groups_for(h.shape[0], first.kv_heads)
-        self.layers_kept = self._layers_to_keep(h, spec.num_layers, first) if torch.is_grad_enabled() else 0
         kept = self._weights if self._weights.begin(first, spec.num_layers, h.dtype) else None
-        tiles_and_groups = {"tile_rows": plan.tile_rows, "groups": groups}
+        inputs = kept is not None and plan.projections == "auto"
+        self.layers_kept = self._layers_to_keep(h, spec.num_layers, first, inputs) if torch.is_grad_enabled() else 0
         for index in range(spec.num_layers):
             # Read as late as this, so that the device has work meanwhile.
             layer = spec.layer(index)
             keep = index >= spec.num_layers - self.layers_kept
-            run = LayerRun(layer, rope[layer.rope], layout, **tiles_and_groups, keep=keep, kept=kept)
+            run = LayerRun(
+                layer, rope[layer.rope], layout,
+                tile_rows=plan.tile_rows, groups=groups, keep=keep, keep_inputs=inputs, kept=kept,
+            )  # fmt: skip
             parameters = layer.parameters
             if torch.is_grad_enabled() and (h.requires_grad or any(p.requires_grad for p in parameters)):
                 h = _LayerNode.apply(h, run, store, save, *parameters)
@@ -177,13 +181,17 @@ class FusedLayers:
             save = fits(everything, None if on_host else h.device, already=self.host_bytes if on_host else 0)
         return store, save
 
-    def _layers_to_keep(self, h: torch.Tensor, num_layers: int, layer: Layer) -> int:
+    def _layers_to_keep(self, h: torch.Tensor, num_layers: int, layer: Layer, inputs: bool) -> int:
         if self.plan.projections != "auto":
             return num_layers if self.plan.projections == "save" else 0
         if h.device.type != "cuda":
             return 0
         rows, width = h.shape
-        each = rows * h.element_size() * (layer.qkv.size[0] + layer.gate_up.size[0])
+        columns = layer.qkv.size[0] + layer.gate_up.size[0]
+        if inputs:
+            columns += width + sum(block.size[1] for block in (layer.qkv, layer.output, layer.gate_up))
+            columns += 0 if layer.query_norm is None else (layer.query_heads + layer.kv_heads) * layer.head_dim
+        each = rows * h.element_size() * columns
         return layers_beside(free_on(h.device), each, num_layers, rows * width * h.element_size())
 
 

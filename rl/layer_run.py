@@ -55,6 +55,25 @@ class Projected(NamedTuple):
     gate_up: torch.Tensor
 
 
+class Inputs(NamedTuple):
+    """What went into the projections `[T, columns (+ rank)]` and, turned, into attention `[T, heads, D]`; `middle` is
+    the residual stream `[T, d]` between the halves."""
+
+    qkv: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    output: torch.Tensor
+    middle: torch.Tensor
+    gate_up: torch.Tensor
+
+
+class Kept(NamedTuple):
+    """What the backward pass need not compute once more."""
+
+    projected: Projected
+    inputs: Inputs | None = None
+
+
 class LayerRun:
     """One layer on one pack.
 
@@ -62,6 +81,8 @@ class LayerRun:
         rope: cosines and sines of the pack's positions. tile_rows: rows that pass the MLP at a time.
         groups: parts in which the KV heads are run; a divisor of their number.
         keep: `forward` keeps its widest projections for `backward`, which then need not be computed once more.
+        keep_inputs: with `keep`, all else that `backward` would compute again, but the GLU's product: fewer calls, for
+            a model that is bound by them. Not of layers with norms behind their halves.
         kept: prepared weights that stay from pass to pass.
     """
 
@@ -74,9 +95,11 @@ class LayerRun:
         tile_rows: int,
         groups: int,
         keep: bool = False,
+        keep_inputs: bool = False,
         kept: KeptWeights | None = None,
     ) -> None:
         self.layer, self.rope, self.layout, self.groups, self.keep = layer, rope, layout, groups, keep
+        self.keep_inputs = keep and keep_inputs and layer.attention_post_norm is None and layer.mlp_post_norm is None
         self._kept_weights = kept
         self.tiles = tiles(rope[0].shape[0], tile_rows)
         # There is less beside them in memory, and with half as many calls the host keeps ahead of the device.
@@ -84,51 +107,77 @@ class LayerRun:
         self.q_width = layer.query_heads * layer.head_dim
         self.k_width = layer.kv_heads * layer.head_dim
 
-    def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, Attended, Projected | None]:
-        """`[T, d]` -> the layer's output `[T, d]`, what attention gave on the way, and what is kept of projections."""
+    def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, Attended, Kept | None]:
+        """`[T, d]` -> the layer's output `[T, d]`, what attention gave on the way, and what is kept."""
         layer, weights, rows = self.layer, Weights(h.dtype, self._kept_weights), h.shape[0]
-        kept = None
-        if self.keep:
-            kept = Projected(*(weights.of(block).gradients(rows) for block in (layer.qkv, layer.gate_up)))
-        attended = self._attend(self._heads_of(h, weights, kept and kept.qkv), free=kept is None)
-        weights.drop(layer.qkv)
+        projected = xs_qkv = xs_output = xs_gate_up = None
         out = torch.empty_like(h)
+        middle = out
+        if self.keep:
+            projected = Projected(*(weights.of(block).gradients(rows) for block in (layer.qkv, layer.gate_up)))
+        if self.keep_inputs:
+            blocks = layer.qkv, layer.output, layer.gate_up
+            xs_qkv, xs_output, xs_gate_up = (weights.of(block).inputs(rows) for block in blocks)
+            middle = torch.empty_like(h)
+        raw = self._heads_of(h, weights, projected and projected.qkv, xs_qkv)
+        # With norms the backward pass wants queries and keys as they were before.
+        turned = self._turned(raw, free=projected is None or (self.keep_inputs and layer.query_norm is None))
+        attended = self._attend(*turned, self._heads(raw)[2])
+        kept_turned = turned if self.keep_inputs else None
+        del raw, turned
+        weights.drop(layer.qkv)
         gate_up, down = weights.of(layer.gate_up), weights.of(layer.down)
         for t in self.forward_tiles:
-            self._middle(h[t], attended.output[t], weights, out[t])
-            both = gate_up.gradients(out[t].shape[0]) if kept is None else kept.gate_up[t]
-            gate_up.forward(_normed(out[t], layer.mlp_norm, gate_up), both[:, : gate_up.out_features])
+            end = out[t]
+            start = end if middle is out else middle[t]
+            self._middle(h[t], attended.output[t], weights, start, _rows(xs_output, t))
+            both = gate_up.gradients(end.shape[0]) if projected is None else projected.gate_up[t]
+            xs = _normed(start, layer.mlp_norm, gate_up, _rows(xs_gate_up, t))
+            gate_up.forward(xs, both[:, : gate_up.out_features])
             width = gate_up.out_features // 2
             products = down.inputs(both.shape[0])
             glu(both[:, :width], both[:, width : 2 * width], layer.activation, products[:, :width])
-            del both
+            del both, xs
             down.complete_inputs(products)
             if layer.mlp_post_norm is None:
-                down.add_forward(products, out[t])
+                down.add_forward(products, end, to=start)
             else:
-                out[t] += rms_norm(down.forward(products), layer.mlp_post_norm)
-        return out, attended, kept
+                end += rms_norm(down.forward(products), layer.mlp_post_norm)
+        if projected is None:
+            return out, attended, None
+        if kept_turned is None or xs_qkv is None or xs_output is None or xs_gate_up is None:
+            return out, attended, Kept(projected)
+        return out, attended, Kept(projected, Inputs(xs_qkv, *kept_turned, xs_output, middle, xs_gate_up))
 
-    def _heads_of(self, h: torch.Tensor, weights: Weights, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Queries, keys and values before they are turned, `[T, q + 2k (+ more)]`, in `into` where that is given."""
+    def _heads_of(
+        self, h: torch.Tensor, weights: Weights, into: torch.Tensor | None = None, xs: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Queries, keys and values before they are turned, `[T, q + 2k (+ more)]`, in `into` where that is given; `xs`
+        takes what goes into the projection."""
         block = weights.of(self.layer.qkv)
         raw = h.new_empty(h.shape[0], block.out_features) if into is None else into
         for t in self.forward_tiles:
-            block.forward(_normed(h[t], self.layer.attention_norm, block), raw[t][:, : block.out_features])
+            inputs = _normed(h[t], self.layer.attention_norm, block, _rows(xs, t))
+            block.forward(inputs, raw[t][:, : block.out_features])
         return raw
 
-    def _attend(self, raw: torch.Tensor, *, free: bool) -> Attended:
-        """Attention's output and log-sum-exp; `free`: `raw` is nobody else's and may be written over."""
-        layer, rows = self.layer, raw.shape[0]
-        query, key, value = self._heads(raw)
-        query = rotated(query, layer.query_norm, self.rope, query if free else _like(query))
-        key = rotated(key, layer.key_norm, self.rope, key if free else _like(key))
+    def _turned(self, raw: torch.Tensor, *, free: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys `[T, heads, D]`, turned; `free`: `raw` may be written over."""
+        layer, (query, key, _) = self.layer, self._heads(raw)
+        return (
+            rotated(query, layer.query_norm, self.rope, query if free else _like(query)),
+            rotated(key, layer.key_norm, self.rope, key if free else _like(key)),
+        )
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Attended:
+        """Attention's output and log-sum-exp."""
+        layer, rows = self.layer, query.shape[0]
         if self.groups == 1:
             out, lse = self._attention(query, key, value)
             return Attended(out.flatten(1), lse)
-        output = raw.new_empty(rows, self.q_width)
-        wide = torch.promote_types(raw.dtype, torch.float32)
-        lse = torch.empty(layer.query_heads, rows, dtype=wide, device=raw.device)
+        output = query.new_empty(rows, self.q_width)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        lse = torch.empty(layer.query_heads, rows, dtype=wide, device=query.device)
         for q, k in self._groups():
             out, lse[q] = self._attention(query[:, q], key[:, k], value[:, k])
             columns = slice(q.start * layer.head_dim, q.stop * layer.head_dim)
@@ -139,7 +188,7 @@ class LayerRun:
         self,
         h: torch.Tensor,
         stored: list[torch.Tensor],
-        kept: Projected | None,
+        kept: Kept | None,
         grad: torch.Tensor,
         grads: LoraGrads,
         *,
@@ -155,58 +204,76 @@ class LayerRun:
             when_free: called when what the layer before has stored may come back.
         """
         layer, weights = self.layer, Weights(h.dtype, self._kept_weights)
+        projected, inputs = kept or (None, None)
+        del kept
         if stored:
             attended = Attended(*stored)
-        elif kept is None:
-            attended = self._attend(self._heads_of(h, weights), free=True)
+        elif inputs is not None and projected is not None:
+            attended = self._attend(inputs.query, inputs.key, self._heads(projected.qkv)[2])
         else:
-            attended = self._attend(kept.qkv, free=False)
+            raw = self._heads_of(h, weights) if projected is None else projected.qkv
+            attended = self._attend(*self._turned(raw, free=projected is None), self._heads(raw)[2])
+            del raw
         stored.clear()
         d_output = torch.empty_like(attended.output)
         for t in self.tiles:
-            gate_up = None if kept is None else kept.gate_up[t]
-            self._rows_backward(h[t], attended.output[t], gate_up, grad[t], d_output[t], weights, grads)
-        qkv = None if kept is None else kept.qkv
-        del kept
+            gate_up = None if projected is None else projected.gate_up[t]
+            had = None if inputs is None else (inputs.output[t], inputs.middle[t], inputs.gate_up[t])
+            self._rows_backward(h[t], attended.output[t], gate_up, had, grad[t], d_output[t], weights, grads)
+            del gate_up, had
+        qkv = None if projected is None else projected.qkv
+        turned = None if inputs is None else (inputs.query, inputs.key)
+        xs_qkv = None if inputs is None else inputs.qkv
+        del projected, inputs
         for block in (layer.output, layer.gate_up, layer.down):
             grads.finish(block, weights.of(block))
             weights.drop(block)
         rows = h.shape[0]
         before_last = None if rows >= LATE_ROWS else when_free
-        both = self._attention_backward(h, qkv, attended, d_output, weights, before_last)
-        del attended, d_output
+        both = self._attention_backward(h, qkv, turned, attended, d_output, weights, before_last)
+        del attended, d_output, turned
         if rows >= LATE_ROWS:
             when_free()
         linear = weights.of(layer.qkv)
         for t in self.tiles:
-            xs = _normed(h[t], layer.attention_norm, linear)
+            xs = _normed(h[t], layer.attention_norm, linear) if xs_qkv is None else xs_qkv[t]
             linear.complete_gradients(both[t])
             grads.add(layer.qkv, linear, both[t], xs)
             if need_input:
                 rms_norm_backward(linear.backward(both[t]), h[t], layer.attention_norm, into=grad[t])
         grads.finish(layer.qkv, linear)
 
-    def _middle(self, h: torch.Tensor, output: torch.Tensor, weights: Weights, out: torch.Tensor) -> tuple:
-        """The residual stream between the halves, in `out`; returns the projection's inputs, and its result where a
-        norm stands behind it."""
+    def _middle(
+        self,
+        h: torch.Tensor,
+        output: torch.Tensor,
+        weights: Weights,
+        out: torch.Tensor,
+        into: torch.Tensor | None = None,
+    ) -> tuple:
+        """The residual stream between the halves, in `out`; returns the projection's inputs, in `into` where that is
+        given, and its result where a norm stands behind it."""
         block, norm = weights.of(self.layer.output), self.layer.attention_post_norm
-        xs = block.inputs(output)
+        xs = block.inputs(output, into=into)
         if norm is None:
-            out.copy_(h)
-            block.add_forward(xs, out)
+            block.add_forward(xs, out, to=h)
             return xs, None
         projected = block.forward(xs)
         torch.add(h, rms_norm(projected, norm), out=out)
         return xs, projected
 
-    def _rows_backward(self, h, output, both, grad, d_output, weights: Weights, grads: LoraGrads) -> None:
+    def _rows_backward(self, h, output, both, had, grad, d_output, weights: Weights, grads: LoraGrads) -> None:
         """Output projection and MLP of some rows: `grad` becomes the gradient of `h` along the residual stream, and
-        `d_output` that of attention's output. `both`: gate and up, where they were kept."""
+        `d_output` that of attention's output. `both`: gate and up, where they were kept; `had`: so for what went into
+        the output projection, the residual stream behind it, and what went into gate and up."""
         layer = self.layer
         proj, gate_up, down = weights.of(layer.output), weights.of(layer.gate_up), weights.of(layer.down)
-        middle = torch.empty_like(h)
-        outputs, projected = self._middle(h, output, weights, middle)
-        xs = _normed(middle, layer.mlp_norm, gate_up)
+        if had is None:
+            middle = torch.empty_like(h)
+            outputs, projected = self._middle(h, output, weights, middle)
+            xs = _normed(middle, layer.mlp_norm, gate_up)
+        else:
+            (outputs, middle, xs), projected = had, None
         if both is None:
             both = gate_up.gradients(middle.shape[0])
             gate_up.forward(xs, both[:, : gate_up.out_features])
@@ -242,13 +309,14 @@ class LayerRun:
         self,
         h: torch.Tensor,
         both: torch.Tensor | None,
+        turned: tuple[torch.Tensor, torch.Tensor] | None,
         attended: Attended,
         d_output: torch.Tensor,
         weights: Weights,
         before_last: Callable[[], None] | None,
     ) -> torch.Tensor:
         """The gradients of queries, keys and values, in a buffer `[T, q + 2k (+ rank)]`; in `both`, where these were
-        kept in it."""
+        kept in it. `turned`: queries and keys, where they were kept."""
         block = weights.of(self.layer.qkv)
         if both is None:
             both = block.gradients(h.shape[0])
@@ -259,16 +327,20 @@ class LayerRun:
             if before_last is not None and number == self.groups:
                 before_last()
             self._group_backward(
-                heads[0][:, q], heads[1][:, k], heads[2][:, k],
+                heads[0][:, q], heads[1][:, k], None if turned is None else (turned[0][:, q], turned[1][:, k]),
+                heads[2][:, k],
                 self._by_head(attended.output)[:, q], attended.lse[q], self._by_head(d_output)[:, q],
             )  # fmt: skip
         return both
 
-    def _group_backward(self, raw_query, raw_key, value, output, lse, d_output) -> None:
+    def _group_backward(self, raw_query, raw_key, turned, value, output, lse, d_output) -> None:
         """Turn a group's queries, keys and values into their gradients, in place. All `[T, heads, D]`."""
         layer = self.layer
-        query = rotated(raw_query, layer.query_norm, self.rope, _like(raw_query))
-        key = rotated(raw_key, layer.key_norm, self.rope, _like(raw_key))
+        if turned is None:
+            query = rotated(raw_query, layer.query_norm, self.rope, _like(raw_query))
+            key = rotated(raw_key, layer.key_norm, self.rope, _like(raw_key))
+        else:
+            query, key = turned
         d_query, d_key, d_value = attention_backward(
             d_output, query, key, value, output, lse,
             self.layout, scale=layer.scale, window=layer.window, softcap=layer.softcap,
@@ -297,9 +369,14 @@ class LayerRun:
         return columns.unflatten(1, (-1, self.layer.head_dim))
 
 
-def _normed(x: torch.Tensor, norm: Norm, block: LoraLinear) -> torch.Tensor:
-    """What goes into the projections of a normed input: its rows, and LoRA's part behind them."""
-    xs = block.inputs(x.shape[0])
+def _rows(x: torch.Tensor | None, t: slice) -> torch.Tensor | None:
+    return None if x is None else x[t]
+
+
+def _normed(x: torch.Tensor, norm: Norm, block: LoraLinear, into: torch.Tensor | None = None) -> torch.Tensor:
+    """What goes into the projections of a normed input: its rows, and LoRA's part behind them; in `into` where that is
+    given."""
+    xs = block.inputs(x.shape[0]) if into is None else into
     rms_norm(x, norm, out=xs[:, : block.in_features])
     block.complete_inputs(xs)
     return xs

@@ -28,7 +28,7 @@ from tandem.rl.plan_memory import (
     setup_of,
     weight_items,
 )
-from tandem.rl.plan_pack import Pack, pack_memory, projection_bytes
+from tandem.rl.plan_pack import Pack, input_bytes, pack_memory, projection_bytes
 from tandem.rl.plan_setup import Items, Setup
 from tandem.rl.plan_shape import ModelShape
 from tandem.rl.plan_time import Work, step_seconds
@@ -168,11 +168,12 @@ class Ledger:
 
     @cached_property
     def spare(self) -> tuple[int, int]:
-        """Layers that keep their projections because memory is left, and the bytes that they take: time is saved by
-        it, and nothing fits less."""
+        """Layers that keep their projections because memory is left, and the bytes that they take, with what a small
+        model keeps beside them: time is saved by it, and nothing fits less."""
         each = projection_bytes(self.setup, self.pack)
         if not each or self.setup.plan.projections != "auto":
             return 0, 0
+        each += input_bytes(self.setup, self.pack)
         shape = self.shape
         free = self.device.memory - sum(self.fixed.values()) - WORKSPACE
         layers = layers_beside(free, each, shape.layers, self.pack * shape.hidden * self.setup.width)

@@ -92,6 +92,17 @@ def projection_bytes(setup: Setup, rows: int) -> int:
     return rows * setup.width * sum(one.rows for one in (*blocks.qkv, *blocks.gate_up))
 
 
+def input_bytes(setup: Setup, rows: int) -> int:
+    """What it keeps beside them in a small model (`LayerRun.keep_inputs`); with norms behind its halves, less."""
+    blocks = setup.shape.projections
+    if blocks is None or not kept_weight_bytes(setup):
+        return 0
+    columns = sum(block[0].columns for block in (blocks.qkv, blocks.output, blocks.gate_up)) + setup.shape.hidden
+    if setup.shape.head_norms:
+        columns += sum(one.rows for one in blocks.qkv) - blocks.qkv[-1].rows
+    return rows * setup.width * columns
+
+
 def _free_of_weights(setup: Setup, device: Device) -> int:
     engine = sum(engine_items(setup).values()) if setup.vllm else 0
     weights = sum(weight_items(setup).values()) + kept_weight_bytes(setup)

@@ -173,6 +173,26 @@ def test_the_unchanged_model_agrees_to_float32(family):
     assert difference(fused(lm, made), oracle(lm, made)) < 1e-4
 
 
+@pytest.mark.parametrize("kept", [1, 2, 3])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_small_model_keeps_inputs_too(family, kept, monkeypatch):
+    """As on a GPU with room: of the last layers nothing but the GLU is computed again."""
+    lm = build(family)
+    made = packs()
+    expected = oracle(lm, made)
+    monkeypatch.setattr(FusedLayers, "_layers_to_keep", lambda *_: kept)
+    turned = []
+    plain = layer_run.rotated
+    monkeypatch.setattr(layer_run, "rotated", lambda *a: turned.append(1) or plain(*a))
+    for plan in (LayerPlan(), LayerPlan(7, 4, "recompute"), LayerPlan(16, 2, "save")):
+        assert difference(fused(lm, made, plan), expected) < 1e-10
+    turned.clear()
+    fused(lm, made, LayerPlan(groups=1, attention="save"))
+    behind = lm.fused._spec.layer(0).attention_post_norm is not None
+    again = 3 if behind else 3 - kept
+    assert len(turned) == 2 * (3 + again) * len(made)
+
+
 GRID = [(1, 1, "auto"), (1, 2, "recompute"), (1, 1, "save")]
 GRID += [*product([7], [1, 2, 4], ["save", "recompute"]), (4096, 1, "recompute"), (4096, 4, "save")]
 
