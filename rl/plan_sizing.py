@@ -19,6 +19,8 @@ from tandem.rl.plan_time import seconds_text
 
 # Of a card's memory that sizes are chosen for; predictions were within a tenth of what was measured.
 USED_SHARE = 0.92
+# A pack beyond the usual size takes more memory, for which an update is to take no more than this part of its time.
+WORTH = 0.95
 _OPEN = (None, "auto")
 
 
@@ -55,8 +57,9 @@ def choose_sizes(
 ) -> Sizing:
     """Sizes for a run on `device`.
 
-    The largest pack up to 16,384 tokens that fits is taken, no smaller than the longest sequence, with the usual tiles
-    and groups, or smaller tiles and more groups where it does not fit with these; of offloading and not, and of
+    The largest pack up to 16,384 tokens that fits is taken, no smaller than the longest sequence, and a larger one
+    where sequences of a long prompt are then computed with that prompt once; with the usual tiles and groups, or
+    smaller tiles and more groups where it does not fit with these; of offloading and not, and of
     attention's output saved and computed again, what fits and is estimated to be faster. As many sequences are
     generated at once as the batch has and, for the transformers engine, as fit; vLLM's cache gets what these need, or
     what is left. Where nothing fits, a size stays open, and the plan says so.
@@ -79,27 +82,50 @@ def choose_sizes(
 def _training(room: Ledger) -> dict[str, Any]:
     """Tokens of a pack, offloading, and how fused layers spend memory."""
     train, length = room.config.train, room.work.length
-    packs = [train.max_tokens]
+    packs, wider = [train.max_tokens], []
     if train.max_tokens is None:
         size = max(MAX_TOKENS, length)
-        packs = [size]
+        packs, wider = [size], _wider(room, size)
         while size > length:
             size = max(size // 2, length)
             packs.append(size)
+    usual = next(filter(None, (_fitting(room, tokens) for tokens in packs)), None)
+    if usual is None:
+        return _only_open({"max_tokens": packs[-1], **_rungs(room)[-1]}, train)
+    best, seconds = usual[0], WORTH * usual[1].update_seconds
+    for found in filter(None, (_fitting(room, tokens) for tokens in wider)):
+        if found[1].update_seconds < seconds:
+            best, seconds = found[0], found[1].update_seconds
+    return _only_open(best, train)
+
+
+def _wider(room: Ledger, size: int) -> list[int]:
+    """Packs beyond `size` in which more sequences of a group have their prompt together, down from the whole group."""
+    work = room.work
+    if not work.shared:
+        return []
+    found, together = [], work.group
+    while together > 1 and (tokens := work.family(together)) > size:
+        found.append(tokens)
+        together = -(-together // 2)
+    return found
+
+
+def _fitting(room: Ledger, tokens: int) -> tuple[dict[str, Any], Ledger] | None:
+    """The fastest way to fit packs of so many tokens, and its plan; None where there is none."""
     ways, rungs = _ways(room), _rungs(room)
-    for tokens in packs:
-        # The most frugal tell whether it is worth looking.
-        if not any(_with(room, {"max_tokens": tokens, **way, **rungs[-1]}).trains() for way in ways):
-            continue
-        for rung in rungs:
-            options = [{"max_tokens": tokens, **way, **rung} for way in ways]
-            fitting = [(one, plan) for one in options if (plan := _with(room, one)).trains()]
-            if fitting:
-                best, plan = min(fitting, key=lambda pair: pair[1].update_seconds)
-                if room.setup.fused:
-                    best["attention_memory"] = "save" if plan.peak_pack.saves else "recompute"
-                return _only_open(best, train)
-    return _only_open({"max_tokens": packs[-1], **rungs[-1]}, train)
+    # The most frugal tell whether it is worth looking.
+    if not any(_with(room, {"max_tokens": tokens, **way, **rungs[-1]}).trains() for way in ways):
+        return None
+    for rung in rungs:
+        options = [{"max_tokens": tokens, **way, **rung} for way in ways]
+        fitting = [(one, plan) for one in options if (plan := _with(room, one)).trains()]
+        if fitting:
+            best, plan = min(fitting, key=lambda pair: pair[1].update_seconds)
+            if room.setup.fused:
+                best["attention_memory"] = "save" if plan.peak_pack.saves else "recompute"
+            return best, plan
+    return None
 
 
 def _ways(room: Ledger) -> list[dict[str, Any]]:
@@ -172,7 +198,11 @@ def _train_reasons(room: Ledger, changes: dict[str, dict[str, Any]]) -> dict[str
         other = {**values, key: _instead(key, value)}
         if key == "offload_activations":
             other.pop("attention_memory", None)  # where there is more room, it may be another
-        if key == "max_tokens" and value >= MAX_TOKENS:
+        if key == "max_tokens" and value > max(MAX_TOKENS, plan.work.length):
+            usual = max(MAX_TOKENS, plan.work.length)
+            less = _with(room, {**values, key: usual})
+            found[key] = f"a long prompt once for its group: {_against(plan, less, f'with {usual:,}')}"
+        elif key == "max_tokens" and value >= MAX_TOKENS:
             found[key] = "the longest sequence, which is never cut" if value > MAX_TOKENS else "the usual size; it fits"
         elif key == "mlp_tile_rows" and value >= TILE_ROWS:
             found[key] = "the usual size; it fits"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tandem.rl.plan_devices import Device
 from tandem.rl.plan_memory import adapter_bytes, kv_bytes, linear_bytes, optimizer_bytes
@@ -30,7 +30,7 @@ class Work:
     Attributes:
         sequences, prompt, completion: how many, and of how many tokens; `prompts`: distinct ones.
         learned: sequences that are learned from.
-        shared: a group's prompt is computed once.
+        shared: sequences of a group that meet in a pack have one prompt there. blocks: packs that a group comes in.
         generates: completions are sampled first. passes: forward passes for log-probs (old policy, reference).
         iterations: how often the batch is learned from. updates: optimiser steps of it all.
     """
@@ -46,6 +46,7 @@ class Work:
     passes: int
     iterations: int
     updates: int
+    blocks: int = 1
 
     @property
     def length(self) -> int:
@@ -59,8 +60,24 @@ class Work:
     @property
     def tokens(self) -> int:
         """That pass the model once for a gradient."""
-        prompts = self.prompts if self.shared else self.learned
+        prompts = self.blocks * self.prompts if self.shared else self.learned
         return prompts * self.prompt + self.learned * self.completion
+
+    @property
+    def group(self) -> int:
+        """Sequences of a prompt that are learned from."""
+        return -(-self.learned // max(self.prompts, 1))
+
+    def family(self, sequences: int) -> int:
+        """Tokens of so many sequences of a group in one pack."""
+        return self.prompt + sequences * self.completion
+
+    def in_packs(self, rows: int) -> Work:
+        """The same in packs of `rows` tokens, where a prompt stands once in each that its group comes in."""
+        if not self.shared:
+            return self
+        together = max((rows - self.prompt) // max(self.completion, 1), 1)
+        return replace(self, blocks=-(-self.group // together))
 
 
 def seconds_text(value: float) -> str:
@@ -69,8 +86,9 @@ def seconds_text(value: float) -> str:
 
 
 def step_seconds(setup: Setup, work: Work, pack: Pack, rows: int, device: Device) -> dict[str, float]:
-    """Parts of a step: one rollout (where there is one) and all updates on it."""
+    """Parts of a step: one rollout (where there is one) and all updates on it, in packs of `rows` tokens."""
     parts: dict[str, float] = {}
+    work = work.in_packs(rows)
     if work.generates:
         parts["rollout: prompts"] = _forward(setup, work.prompts * work.prompt, work.prompt, device)
         parts["rollout: completions"] = _decode(setup, work, device)

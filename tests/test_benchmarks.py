@@ -672,7 +672,7 @@ def test_what_a_run_took_is_put_beside_its_plan(tmp_path: Path, monkeypatch: pyt
         "the trial's, the higher"
     )
     assert found["measured_gib"]["rollout"]["peak_allocated"] == 12
-    assert found["pack_tokens"] == case.prompt + case.completion
+    assert found["pack_tokens"] == case.prompt + case.generations * case.completion, "the prompt once for its group"
     assert found["host_gib"]["predicted"] == pytest.approx(19, rel=0.05)
     assert (found["host_gib"]["measured"], found["kv_pool_gib"]) == (19, 5)
     for phase, one in found["predicted_gib"].items():

@@ -18,11 +18,13 @@ from tandem.rl import open_model
 from tandem.rl.config import Config
 from tandem.rl.config_file import load_config
 from tandem.rl.console import Console
-from tandem.rl.plan import Longest, ledger
+from tandem.rl.packing import pack
+from tandem.rl.plan import MAX_TOKENS, Longest, ledger
 from tandem.rl.plan_devices import CONTEXT, GIB, Device, find_device, gpu_here
 from tandem.rl.plan_models import MODELS
 from tandem.rl.plan_shape import ModelShape, read_shape, shape_of
 from tandem.rl.plan_sizing import USED_SHARE, Sizing, choose_sizes
+from tandem.rl.plan_time import Work
 from tandem.rl.samples import Prompt, Sequence
 from tandem.rl.training_data import TrainingData
 from tandem.rollout.vllm_plan import VllmOptions, kv_cache_bytes
@@ -149,8 +151,33 @@ def test_every_choice_has_a_reason_that_its_plan_bears_out(qwen: ModelShape) -> 
 
 
 def test_long_sequences_have_a_pack_of_their_own_length(qwen: ModelShape) -> None:
-    sizing = sized(qwen, "80", data={"max_prompt_length": 30_000})
+    sizing = sized(qwen, "80", data={"max_prompt_length": 30_000}, train={"share_prefix": False})
     assert sizing.config.train.max_tokens == 30_000 + 4096
+
+
+def test_a_long_prompt_has_its_group_in_a_pack(qwen: ModelShape) -> None:
+    alone = sized(qwen, "80", data={"max_prompt_length": 30_000}, train={"max_tokens": 30_000 + 4096})
+    sizing = sized(qwen, "80", data={"max_prompt_length": 30_000})
+    assert sizing.config.train.max_tokens == 30_000 + 8 * 4096
+    assert sizing.plan.update_seconds < 0.4 * alone.plan.update_seconds
+    assert "a long prompt once for its group: with 34,096 an update takes" in sizing.reasons["train.max_tokens"]
+    small = sized(qwen, "24", host=16, data={"max_prompt_length": 30_000})
+    assert small.plan.trains()
+    assert small.config.train.max_tokens == 30_000 + 4 * 4096, "half of the group is what the host has room for"
+    # Of a short prompt there is little to save.
+    assert sized(qwen, "80", data={"max_prompt_length": 512}).config.train.max_tokens == MAX_TOKENS
+
+
+@pytest.mark.parametrize("rows", [16, 40, 50, 51, 64, 75, 100, 140, 1000])
+@pytest.mark.parametrize(("prompt", "completion", "group"), [(40, 10, 8), (9, 12, 4), (30, 1, 5), (3, 13, 2)])
+def test_the_tokens_of_an_update_are_those_of_its_packs(prompt: int, completion: int, group: int, rows: int) -> None:
+    work = Work(2 * group, 2 * group, 2, prompt, completion, True, True, 1, 0, 1, 1)
+    sequences = [
+        Sequence(list(range(prompt)), [1] * (completion + 1), [True] * (completion + 1), family=i // group)
+        for i in range(2 * group)
+    ]
+    packs = pack(sequences, rows)
+    assert work.in_packs(rows).tokens == sum(one.num_tokens for one in packs)
 
 
 def test_layers_inputs_leave_the_device_only_where_that_is_of_use(qwen: ModelShape) -> None:
