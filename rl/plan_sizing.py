@@ -82,13 +82,11 @@ def choose_sizes(
 def _training(room: Ledger) -> dict[str, Any]:
     """Tokens of a pack, offloading, and how fused layers spend memory."""
     train, length = room.config.train, room.work.length
-    packs, wider = [train.max_tokens], []
+    packs, wider = [train.max_tokens or max(MAX_TOKENS, length)], []
     if train.max_tokens is None:
-        size = max(MAX_TOKENS, length)
-        packs, wider = [size], _wider(room, size)
-        while size > length:
-            size = max(size // 2, length)
-            packs.append(size)
+        wider = _wider(room, packs[0])
+        while packs[-1] > length:
+            packs.append(max(packs[-1] // 2, length))
     usual = next(filter(None, (_fitting(room, tokens) for tokens in packs)), None)
     if usual is None:
         return _only_open({"max_tokens": packs[-1], **_rungs(room)[-1]}, train)
