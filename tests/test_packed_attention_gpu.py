@@ -1,18 +1,14 @@
 """Attention over packs by cuDNN and flash: run by hand, `pytest -m gpu -s tests/test_packed_attention_gpu.py`.
 
 First every call into PyTorch alone, with what it did instead where it fails; then whole packs against the float64
-blocks, with PyTorch's own attention on the same rows as the measure of error; last the times, printed, not judged.
-All fresh memory is filled with NaN.
+blocks, with PyTorch's own attention on the same rows as the measure of error. All fresh memory is filled with NaN.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -439,96 +435,3 @@ def test_elements_beyond_int32() -> None:
     assert (lse[:, -last:].double() - exact_lse).abs().max() < 2e-3
     for name, (want, got) in exact.items():
         assert relative(got[-last:], want)[0] < 2e-2, name
-
-
-# --- times ------------------------------------------------------------------------------------------------------------
-
-
-def milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times)
-
-
-def four_times(q, k, v, g, pieces: list[slice], offsets, *, causal: bool) -> list[float]:
-    """Forward by cuDNN, a call for every piece, and by one flash call; backward likewise."""
-    options = {"causal": causal, "scale": q.shape[-1] ** -0.5}
-
-    def each():
-        return [cudnn_forward(q[at], k[at], v[at], **options) for at in pieces]
-
-    out, lse = torch.cat([o for o, _ in each()]), torch.cat([x for _, x in each()], dim=1)
-
-    def each_back():
-        return [cudnn_backward(g[at], q[at], k[at], v[at], out[at], lse[:, at], **options) for at in pieces]
-
-    return [
-        milliseconds(each),
-        milliseconds(lambda: flash_forward(q, k, v, *offsets, **options)),
-        milliseconds(each_back),
-        milliseconds(lambda: flash_backward(g, q, k, v, out, lse, *offsets, **options)),
-    ]
-
-
-def print_times(title: str, times: list[float], scores: int, heads: int, dim: int) -> None:
-    """Milliseconds and TFLOP/s; `scores` of one head, two products forward and five backward."""
-    rates = [scores * heads * dim * factor / t / 1e9 for factor, t in zip((4, 4, 10, 10), times, strict=True)]
-    print(title, *(f"{t:9.3f} ({r:4.0f})" for t, r in zip(times, rates, strict=True)))
-
-
-@pytest.mark.parametrize(("heads", "dim"), [((32, 8), 128), ((4, 1), 128), ((9, 3), 64)], ids=str)
-def test_print_times_of_a_pack_of_equal_segments(heads: tuple[int, int], dim: int) -> None:
-    """Where `LONG_SEGMENT` belongs: a cuDNN call for every segment beside one flash call."""
-    rows = 16_384
-    print(f"\n{rows} rows, heads {heads}, {dim} wide; ms (TFLOP/s): forward cuDNN, flash; backward cuDNN, flash")
-    with nan_in_fresh_memory(False):
-        given = inputs(rows, heads, dim)
-        for length in (256, 512, 1024, 2048, 4096, 8192, 16_384):
-            pieces = [slice(a, a + length) for a in range(0, rows, length)]
-            times = four_times(*given, pieces, cuts(*[length] * len(pieces)), causal=True)
-            print_times(f"{length:6d}", times, rows * length // 2, heads[0], dim)
-
-
-def test_print_times_of_cross_pieces() -> None:
-    print("\nrows × keys, heads (32, 8), 128 wide; ms (TFLOP/s): forward cuDNN, flash; backward cuDNN, flash")
-    with nan_in_fresh_memory(False):
-        for rows, keys in ((2048, 512), (8192, 2048), (8192, 8192), (16_384, 16_384)):
-            q, k, v, g = inputs(rows + keys, (32, 8), 128)
-            offsets = (cuts(rows)[0], cuts(keys)[0], rows, keys)
-            times = four_times(q[keys:], k[:keys], v[:keys], g[keys:], [slice(None)], offsets, causal=False)
-            print_times(f"{rows:6d} × {keys:6d}", times, rows * keys, 32, 128)
-
-
-def test_print_times_of_new_plans() -> None:
-    """What `PLAN_ROWS` saves, and what `LONG_CROSS` must earn: the first call of a length beside the second."""
-
-    def seconds(run: Callable[[], Tensors]) -> tuple[float, Tensors]:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        result = run()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start, result
-
-    times = []
-    with nan_in_fresh_memory(False):
-        q, k, v, g = inputs(8192, (32, 8), 128)
-        for length in (5003, 5417, 6011, 6997, 7411):
-            q_, k_, v_, g_ = q[:length], k[:length], v[:length], g[:length]
-            forward = partial(cudnn_forward, q_, k_, v_, causal=True, scale=0.09)
-            new, found = seconds(forward)
-            backward = partial(cudnn_backward, g_, q_, k_, v_, *found, causal=True, scale=0.09)
-            times.append([new, seconds(forward)[0], seconds(backward)[0], seconds(backward)[0]])
-    medians = [1e3 * statistics.median(column) for column in zip(*times, strict=True)]
-    print(
-        "\n5,000 to 7,400 rows, ms: new forward {:.1f}, known {:.1f}; new backward {:.1f}, known {:.1f}".format(
-            *medians
-        )
-    )
