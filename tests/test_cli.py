@@ -23,6 +23,7 @@ import yaml
 from tiny_model import save_llama
 
 from tandem.rl import cli
+from tandem.rl.allocator import use_growing_segments
 
 RL_TRAIN = [sys.executable, "-c", "from tandem.rl.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -237,6 +238,20 @@ def test_a_gpu_s_memory_grows_unless_the_user_says_otherwise(said: dict[str, str
     done = subprocess.run([sys.executable, "-c", whole, "--help"], env=environment, capture_output=True, text=True)
     expected = said or {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     assert done.stdout.strip().endswith(f"{expected} False"), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("kernel", "grows"), [("6.8.0-49-generic", True), ("5.15.90.1-microsoft-standard-WSL2", False)]
+)
+def test_segments_do_not_grow_where_the_driver_refuses_it(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, grows: bool
+) -> None:
+    with monkeypatch.context() as patch:
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            patch.setenv(name, "")  # put back as they were, whoever sets them
+            patch.delenv(name)
+        use_growing_segments(kernel)
+        assert ("PYTORCH_CUDA_ALLOC_CONF" in os.environ) is grows
 
 
 def test_sft_learns_and_leaves_its_files(sft_run: tuple[Path, Done]) -> None:
