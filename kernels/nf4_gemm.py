@@ -61,12 +61,32 @@ _CONFIGS = (
     (32, Config(block_n=128, block_m=32)),
     (64, Config(block_n=128, block_m=64, unroll=1, stages=4, splits=4)),
 )
+# Takes 116 KiB of shared memory, and from Triton 3.6 on a B200 544 of 512 columns of tensor memory.
 _LARGEST = Config(block_n=128, block_m=128, warps=8)
+# Takes 74 KiB and fewer columns. Not tuned on any device.
+_LARGEST_ELSEWHERE = Config(block_n=128, block_m=128, unroll=1, warps=8)
+# Bytes of shared memory a block. Cards have 99, 163 or 227 KiB.
+_ROOMY = 128 << 10
 
 
-def default_config(rows: int) -> Config:
-    """The table's entry for so many rows of x."""
-    return next((config for limit, config in _CONFIGS if rows <= limit), _LARGEST)
+def default_config(rows: int, *, roomy: bool = True) -> Config:
+    """The table's entry for so many rows of x; `roomy`: the device has what the largest tiles take, as an H100 has."""
+    largest = _LARGEST if roomy else _LARGEST_ELSEWHERE
+    return next((config for limit, config in _CONFIGS if rows <= limit), largest)
+
+
+def _config_for(x: torch.Tensor) -> Config:
+    """Asks the device only where the answer counts: a decode step has no time for it."""
+    rows = x.shape[0]
+    return default_config(rows, roomy=rows <= _CONFIGS[-1][0] or not x.is_cuda or _is_roomy())
+
+
+def _is_roomy() -> bool:
+    """Whether the current device has shared memory for the largest tiles, and no tensor memory that they exceed."""
+    driver = triton.runtime.driver.active
+    shared: int = driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"]
+    target = driver.get_current_target()
+    return shared >= _ROOMY and not (target.backend == "cuda" and target.arch >= 100)
 
 
 def nf4_linear(
@@ -116,7 +136,7 @@ def nf4_linear(
         return out
     scales = (absmax, absmax2, code2, offsets)
     if picks_triton(x, impl):
-        _multiply_triton(x, packed, scales, part_rows, blocksize2, bias, out, config or default_config(x.shape[0]))
+        _multiply_triton(x, packed, scales, part_rows, blocksize2, bias, out, config or _config_for(x))
         return out
     weight = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     write_nf4_stack(weight, packed, scales, part_rows, blocksize, blocksize2, impl=impl)
