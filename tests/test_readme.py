@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from statistics import fmean, stdev
 from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
@@ -50,8 +51,9 @@ def test_what_is_told_of_whole_steps_learning_peaks_and_rounding_are_those_of_th
         if peer == "unsloth":
             assert f"{ours['parts']['generate']:.1f} of them in rollout" in text
     newest = sorted((ROOT / "benchmarks" / "results").glob("learning-vs-trl-h*.json"))[-1]
+    learning = json.loads(newest.read_text("utf-8"))
     ours, theirs = (
-        next(one for one in json.loads(newest.read_text("utf-8"))["summary"] if (one["system"], one["engine"]) == which)
+        next(one for one in learning["summary"] if (one["system"], one["engine"]) == which)
         for which in (("tandem", "vllm"), ("trl", "vllm"))
     )
     assert (
@@ -59,7 +61,18 @@ def test_what_is_told_of_whole_steps_learning_peaks_and_rounding_are_those_of_th
         in text
     )
     assert f"after {ours['seconds_to_target']:.1f} and {theirs['seconds_to_target']:.1f} s of steps" in text
-    assert f"after {ours['samples_to_target']:.0f} and {theirs['samples_to_target']:.0f} samples" in text
+    early, all_of_it = (
+        [
+            [fmean(point["reward"] for point in row["curve"][:steps])
+             for row in learning["rows"] if row["system"] == system and row["curve"]]
+            for system in ("tandem", "trl")
+        ]
+        for steps in (10, 40)
+    )  # fmt: skip
+    assert [len(seeds) for seeds in early] == [3, 3]
+    words = [f"{fmean(seeds):.2f} ± {stdev(seeds):.2f}" for seeds in early]
+    assert f"the first 10 steps is {words[0]} and {words[1]} (three seeds each)" in text
+    assert f"of 40 steps {fmean(all_of_it[0]):.2f} and {fmean(all_of_it[1]):.2f}" in text
     newest = sorted((ROOT / "benchmarks" / "results").glob("plan-peaks-h*.json"))[-1]
     peaks = json.loads(newest.read_text("utf-8"))["summary"]
     assert peaks["failed"] == 0
