@@ -521,6 +521,7 @@ def tandem_config(system: str, arguments: argparse.Namespace, folder: str) -> di
             "engine": "vllm" if on_gpu else "transformers",
             "num_generations": arguments.generations,
             "max_completion_length": arguments.completion_tokens,
+            "enforce_eager": False,  # one step stands for many
         },
         "rewards": {"reward_funcs": [f"{Path(__file__).resolve()}:alternating"]},
         "train": {

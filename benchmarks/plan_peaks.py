@@ -76,12 +76,12 @@ class Case:
         return " ".join((self.shape, self.format, f"rank {self.rank}", batch, *self.settings))
 
 
-_EAGER = "rollout.enforce_eager=true"
+_EAGER, _GRAPHS = "rollout.enforce_eager=true", "rollout.enforce_eager=false"
 _KEPT = "train.projection_memory=save"
 _HOST = "train.offload_activations=true"
 # Those that take longest to start come first.
 CASES = (
-    Case("qwen3-0.6b", "bf16", "nf4", 64, 2, 4, 3840, 256, ("rollout.cudagraph_sizes=[1,2,4,8]",)),
+    Case("qwen3-0.6b", "bf16", "nf4", 64, 2, 4, 3840, 256, (_GRAPHS, "rollout.cudagraph_sizes=[1,2,4,8]")),
     Case("qwen3-8b", "nf4", "nf4", 8, 1, 2, 32512, 256, (_EAGER, _HOST)),
     Case("qwen3-8b", "nf4", "nf4", 32, 4, 8, 512, 512, (_EAGER, "train.max_tokens=8192")),
     Case("qwen3-8b", "nf4", "nf4", 16, 2, 4, 7936, 256, (_EAGER, "optim.optim=adamw_8bit")),

@@ -139,7 +139,7 @@ def vllm_options(config: Config, inputs: Inputs) -> VllmOptions:
         max_num_seqs=rollout.max_in_flight or IN_FLIGHT,
         kv_cache_gib=rollout.kv_cache_gib,
         kv_cache_dtype=rollout.kv_cache_dtype,
-        enforce_eager=rollout.enforce_eager,
+        enforce_eager=bool(rollout.enforce_eager),
         torch_compile=rollout.torch_compile,
         seed_per_completion=rollout.seed_per_completion,
         cudagraph_sizes=tuple(rollout.cudagraph_sizes) if rollout.cudagraph_sizes else None,

@@ -15,7 +15,7 @@ from tandem.rl.plan_devices import GIB, Device
 from tandem.rl.plan_engine import BLOCK, IN_FLIGHT, rounded_length, step_bytes, step_tokens
 from tandem.rl.plan_memory import FRAGMENTATION, kv_bytes
 from tandem.rl.plan_shape import ModelShape
-from tandem.rl.plan_time import seconds_text
+from tandem.rl.plan_time import COMPILING, saved_by_graphs, seconds_text
 
 # Of a card's memory that sizes are chosen for; predictions were within a tenth of what was measured.
 USED_SHARE = 0.92
@@ -74,7 +74,7 @@ def choose_sizes(
     made = free.again(changed(config, changes))
     found = {"train": _train_reasons(room, changes)}
     if rollout:
-        found["rollout"] = {key: _rollout_reason(made, key) for key in changes["rollout"]}
+        found["rollout"] = {key: _rollout_reason(made, key, evaluated) for key in changes["rollout"]}
     reasons = {f"{section}.{key}": reason for section, by_key in found.items() for key, reason in by_key.items()}
     return Sizing(made, free, changes, reasons)
 
@@ -163,6 +163,8 @@ def _rollout(room: Ledger, evaluated: int) -> dict[str, Any]:
         return {} if rollout.max_in_flight or not 0 < room.in_flight < wanted else {"max_in_flight": room.in_flight}
     wanted = rollout.max_in_flight or min(wanted, IN_FLIGHT)
     found: dict[str, Any] = {"max_in_flight": wanted}
+    if (saved := _graphs_save(room, evaluated)) is not None and saved < COMPILING:
+        found["enforce_eager"] = True
     room = room.again(changed(room.config, {"rollout": found}))
     # Of a prompt and of every completion a block is part empty, and one block in all is never used.
     block = kv_bytes(setup, BLOCK)
@@ -177,6 +179,18 @@ def _rollout(room: Ledger, evaluated: int) -> dict[str, Any]:
     if size >= least:
         found["kv_cache_gib"] = -(-size * 100 // GIB) / 100
     return _only_open(found, rollout)
+
+
+def _graphs_save(room: Ledger, evaluated: int) -> float | None:
+    """Seconds that graphs would spare the whole run; None where its length is not known yet."""
+    config = room.config
+    if config.train.max_steps is None:
+        return None
+    learned_from = config.train.steps_per_generation * config.algorithm.num_iterations
+    rollouts = config.train.max_steps / (learned_from if config.algorithm.name == "grpo" else 1)
+    if evaluated:
+        rollouts += 2 + (config.train.max_steps / config.eval.eval_steps if config.eval.eval_steps else 0)
+    return saved_by_graphs(room.setup, room.work, rollouts)
 
 
 def _only_open(values: dict[str, Any], section: Any) -> dict[str, Any]:
@@ -233,8 +247,11 @@ def _seconds(plan: Ledger) -> str:
     return seconds_text(plan.update_seconds)
 
 
-def _rollout_reason(made: Ledger, key: str) -> str:
+def _rollout_reason(made: Ledger, key: str, evaluated: int) -> str:
     """Why a value of the plan that was made is what it is."""
+    if key == "enforce_eager":
+        saved = seconds_text(_graphs_save(made, evaluated) or 0.0)
+        return f"compiling takes about {COMPILING:.0f} s, and would spare this run {saved} s of decoding"
     wanted, fit = made.work.in_flight, made.in_flight
     if key == "max_in_flight":
         return "as many as fit, or as the engine takes" if wanted < made.work.sequences else "the whole batch"

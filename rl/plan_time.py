@@ -21,6 +21,8 @@ DECODE = {"nf4": 0.1, "int4": 0.6, "fp8": 0.6, "dense": 0.75}
 DECODE_PRODUCTS, DECODE_CACHE = 0.3, 0.6
 # Seconds that a layer costs the host at each token: transformers with peft in eager mode, vLLM with and without graphs.
 EAGER, VLLM_EAGER, GRAPHS = 1.0e-3, 2.5e-4, 2.5e-5
+# Seconds that vLLM takes longer to start where it compiles and captures graphs for the first time (an H200's host).
+COMPILING = 50.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,12 @@ def step_seconds(setup: Setup, work: Work, pack: Pack, rows: int, device: Device
     parts["update: backward"] = work.iterations * backward
     parts["optimiser"] = work.updates * _optimizer(setup, device)
     return parts
+
+
+def saved_by_graphs(setup: Setup, work: Work, rollouts: float) -> float:
+    """Seconds of decoding that compiling spares a whole run, for which it has to start `COMPILING` later."""
+    waves = -(-work.sequences // max(work.in_flight, 1))
+    return rollouts * waves * work.completion * setup.shape.layers * (VLLM_EAGER - GRAPHS)
 
 
 def _rate(setup: Setup, device: Device) -> float:

@@ -199,8 +199,9 @@ class RolloutConfig(Section):
     is free."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """vllm: fp8 halves the KV cache and adds mismatch with the trainer: keep algorithm.rollout_correction on."""
-    enforce_eager: bool = False
-    """vllm: no compilation and no CUDA graphs: starts in seconds, decodes several times slower."""
+    enforce_eager: bool | None = None
+    """vllm: no compilation and no CUDA graphs: starts in seconds, decodes several times slower; None: for a run that is
+    over before compiling would have paid."""
     torch_compile: bool = True
     """vllm: compile the model before CUDA graphs are captured, the longest part of a first start (kept on disk after
     it); false: graphs of vLLM's own kernels, for decoding alone."""

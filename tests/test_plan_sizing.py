@@ -216,6 +216,23 @@ def test_one_very_long_sequence_gets_what_the_engine_asks_for(qwen: ModelShape) 
     assert kv_cache_bytes(AutoConfig.for_model(**MODELS["Qwen/Qwen3-8B"]), options, 40_960, free=0)
 
 
+def test_a_short_run_is_not_compiled_for(qwen: ModelShape) -> None:
+    def chosen(completion: int, steps: int | None, **rollout: Any) -> Sizing:
+        sections = {"rollout": {"engine": "vllm", "max_completion_length": completion, **rollout}}
+        return sized(qwen, "h100", train={"max_steps": steps}, **sections)
+
+    short = chosen(16, 40)
+    assert short.config.rollout.enforce_eager is True
+    assert "compiling takes about 50 s, and would spare this run 5.2 s" in short.reasons["rollout.enforce_eager"]
+    assert "CUDA graphs" not in short.plan.rollout().items
+    for other in (chosen(1024, 200), chosen(16, None), chosen(16, 40, enforce_eager=False)):
+        assert not other.config.rollout.enforce_eager
+        assert "rollout.enforce_eager" not in other.chosen
+        assert "CUDA graphs" in other.plan.rollout().items
+    own = sized(qwen, "h100", train={"max_steps": 1}, rollout={"engine": "transformers"})
+    assert own.config.rollout.enforce_eager is None, "vLLM's alone"
+
+
 def test_groups_share_the_cache_of_their_prompt(qwen: ModelShape) -> None:
     plan = sized(qwen, "80", rollout={"num_generations": 8}).plan
     token = plan.kv_bytes_per_token
