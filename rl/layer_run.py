@@ -134,10 +134,11 @@ class LayerRun:
             both = gate_up.gradients(end.shape[0]) if projected is None else projected.gate_up[t]
             xs = _normed(start, layer.mlp_norm, gate_up, _rows(xs_gate_up, t))
             gate_up.forward(xs, both[:, : gate_up.out_features])
+            del xs
             width = gate_up.out_features // 2
             products = down.inputs(both.shape[0])
             glu(both[:, :width], both[:, width : 2 * width], layer.activation, products[:, :width])
-            del both, xs
+            del both
             down.complete_inputs(products)
             if layer.mlp_post_norm is None:
                 down.add_forward(products, end, to=start)
