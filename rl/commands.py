@@ -201,6 +201,8 @@ def check(config: Config, *, num_prompts: int, console: Console) -> None:
         if config.parity.action == "stop":
             raise parity.failure
         console.warn(str(parity.failure))
+    if parity.note is not None:
+        console.warn(parity.note)
 
 
 def report(run_dir: Path, *, console: Console) -> Path:

@@ -332,6 +332,8 @@ class Trainer:
                 self._save()
                 raise result.failure
             self._console.warn(str(result.failure))
+        if result.note is not None:
+            self._console.warn(result.note)
         return result.metrics
 
     def _compared_apart(self, rows: list[Scored]) -> dict[str, float]:

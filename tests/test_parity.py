@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from tandem.rl.errors import UserError
 from tandem.rl.experience import policy_batch
 from tandem.rl.lora import attach_lora, trainable
 from tandem.rl.model import LanguageModel, load_model, load_tokenizer
-from tandem.rl.parity import Limits, ParityError, check_engine, difference, effective_share
+from tandem.rl.packing import pack
+from tandem.rl.parity import Limits, ParityError, ParityGate, check_engine, difference, effective_share
 from tandem.rl.samples import Completion, Group, Prompt, Sampling, Scored
+from tandem.rl.step import PolicyBatch, sequence_log_probs
 from tandem.rollout.transformers_engine import TransformersEngine
 
 WORDS = ["<pad>", "</s>", *(f"w{i}" for i in range(2, 48))]
@@ -73,6 +76,8 @@ def test_limits_follow_the_type_unless_they_are_set():
     assert strict.token_ess > loose.token_ess > fp8.token_ess
     own = ParityConfig(max_mean=0.3, max_p99=2, min_token_ess=0.1, min_sequence_ess=0.2)
     assert Limits.of(own, torch.float32, fp8_cache=False) == Limits(0.3, 2, 0.1, 0.2)
+    assert (strict.slack, loose.slack, fp8.slack) == (1, 5, 2)
+    assert Limits.of(ParityConfig(max_p99=2), torch.bfloat16, fp8_cache=False).slack == 1, "one's own limit counts"
     found = difference([[-1.0, -1.0]], [torch.tensor([-1.0, -2.0])])  # mean 0.5, p99 1, ESS of tokens 0.82
     assert not Limits(0.51, 1.01, 0.8, 1.0).exceeded(found)
     for limits, word in (
@@ -82,6 +87,13 @@ def test_limits_follow_the_type_unless_they_are_set():
     ):
         (text,) = limits.exceeded(found)
         assert word in text
+
+
+def test_only_mean_and_p99_have_slack():
+    found = difference([[-1.0, -1.0]], [torch.tensor([-1.0, -2.0])])  # mean 0.5, p99 1, ESS of tokens 0.82
+    assert not Limits(0.11, 0.21, 0.8, slack=5).broken(found)
+    for limits in (Limits(0.09, 1, 0.8, slack=5), Limits(1, 0.19, 0.8, slack=5), Limits(1, 1, 0.9, slack=5)):
+        assert limits.broken(found)
 
 
 # --- planted faults ---------------------------------------------------------------------------------------------------
@@ -169,16 +181,26 @@ def grpo(place: Path, output: Path, **sections: Any) -> Config:
     )
 
 
+def batch_of(lm: LanguageModel, config: Config, fault: Fault) -> tuple[PolicyBatch, list[torch.Tensor]]:
+    """Completions with the log-probs that a fault reports, and the trainer's."""
+    batch = policy_batch(scored(lm, config, fault), mask_truncated=False)
+    return batch, sequence_log_probs(lm, pack(batch.sequences, 4096), len(batch.sequences), lm.head)[0]
+
+
 def look(lm: LanguageModel, config: Config, fault: Fault) -> tuple[list[tuple[str, str]], UserError | None]:
+    batch = policy_batch(scored(lm, config, fault), mask_truncated=False)
+    facts, result = check_engine(lm, config, batch, engine="transformers")
+    return facts, result.failure
+
+
+def scored(lm: LanguageModel, config: Config, fault: Fault) -> list[Scored]:
     prompts = [Prompt(i, [2 + i, 9, 17], "") for i in range(4)]
     rollout = config.rollout
     sampling = Sampling(
         num_generations=6, max_completion_length=12, temperature=rollout.temperature, top_p=rollout.top_p, seed=3
     )
     groups = fault(lm, prompts, sampling)
-    rows = [Scored(g.prompt, c, n, "", {}, 0.0) for n, g in enumerate(groups) for c in g.completions]
-    facts, result = check_engine(lm, config, policy_batch(rows, mask_truncated=False), engine="transformers")
-    return facts, result.failure
+    return [Scored(g.prompt, c, n, "", {}, 0.0) for n, g in enumerate(groups) for c in g.completions]
 
 
 def test_a_sound_engine_is_far_within_the_limits(lm, place, tmp_path):
@@ -186,6 +208,39 @@ def test_a_sound_engine_is_far_within_the_limits(lm, place, tmp_path):
         facts, failure = look(lm, grpo(place, tmp_path, rollout=rollout), sound)
         assert failure is None
         assert facts[1][1].startswith("100.0% by token")
+
+
+def rounded(size: float) -> Fault:
+    """Log-probs that are off by noise, as bfloat16's are."""
+
+    def fault(lm: LanguageModel, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+        draw = random.Random(0)
+        return with_log_probs(sound(lm, prompts, sampling), lambda row: [x + draw.gauss(0, size) for x in row])
+
+    return fault
+
+
+@pytest.mark.parametrize(("size", "fails"), [(0.03, False), (0.2, False), (0.6, True)])
+def test_what_only_rounding_explains_goes_on_and_is_said_once(lm, place, tmp_path, monkeypatch, size, fails):
+    """With bfloat16's limits on a float32 model, whose own noise is far below."""
+    monkeypatch.setattr(Limits, "of", lambda *_, **__: Limits(0.05, 0.5, 0.8, slack=5))
+    config = grpo(place, tmp_path)
+    batch, own = batch_of(lm, config, rounded(size))
+    gate = ParityGate(lm, config, lm.head, engine="transformers")
+    looks = [gate.compare(batch, own, step=step, place="at step 1") for step in (0, 10, 20)]
+    assert [(one.failure is not None) for one in looks] == [fails] * 3
+    assert [one.note is not None for one in looks] == [size == 0.2, False, False]
+    if size == 0.2:
+        assert "further apart than usual at step 1: mean of |Δ log-prob| 0.1" in looks[0].note
+        assert "taken for rounding" in looks[0].note
+
+
+def test_a_fault_that_explains_a_small_difference_stops_all_the_same(lm, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(Limits, "of", lambda *_, **__: Limits(0.001, 0.01, 0.1, slack=1000))
+    _, failure = look(lm, grpo(place, tmp_path), hot)
+    assert failure is not None
+    assert "at temperature 0.7 the two agree" in failure.reason
+    assert look(lm, grpo(place, tmp_path), of_another_prompt)[1] is None
 
 
 @pytest.mark.parametrize(
