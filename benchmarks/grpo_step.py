@@ -225,9 +225,9 @@ def said(worker: str, argv: list[str], timeout: float) -> Iterator[tuple[str, st
 
 def tandem_settings() -> dict[str, str]:
     """Environment variables that Tandem's command sets for itself."""
-    from tandem.rl.allocator import GROWING
+    from tandem.rl.allocator import growing_segments
 
-    return SETTINGS | ({} if "PYTORCH_CUDA_ALLOC_CONF" in os.environ else GROWING)
+    return SETTINGS | growing_segments()
 
 
 def port_of_its_own() -> dict[str, str]:

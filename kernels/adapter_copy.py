@@ -30,6 +30,16 @@ class Part(NamedTuple):
     scale: float
 
 
+def copy_parts(parts: Sequence[Part]) -> None:
+    """Copy all as they are now, by PyTorch."""
+    plain, scaled = [one for one in parts if one.scale == 1], [one for one in parts if one.scale != 1]
+    if plain:
+        torch._foreach_copy_([one.target for one in plain], [one.source for one in plain])
+    if scaled:
+        wide = [one.source.to(torch.promote_types(one.source.dtype, one.target.dtype)) for one in scaled]
+        torch._foreach_copy_([one.target for one in scaled], torch._foreach_mul(wide, [one.scale for one in scaled]))
+
+
 class AdapterCopies:
     """The parts of many layers, whose memory stays where it is.
 
@@ -59,8 +69,7 @@ class AdapterCopies:
     def run(self) -> None:
         """Copy all as they are now."""
         if self._table is None:
-            for source, target, scale in self._parts:
-                target.copy_(source.to(torch.promote_types(source.dtype, target.dtype)) * scale)
+            copy_parts(self._parts)
             return
         source, target, _ = self._parts[0]
         _copy_kernel[(len(self._parts), self._tiles)](

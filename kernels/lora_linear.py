@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tandem.kernels.adapter_copy import Part
+from tandem.kernels.adapter_copy import Part, copy_parts
 from tandem.kernels.reference import wide_product
 from tandem.kernels.row_copy import copy_rows
 
@@ -47,7 +47,8 @@ class LoraLinear:
 
     Attributes:
         weight: `[out, in]`, a part of the buffer for the caller to fill. rank: columns that the adapters take.
-        adapter_parts: where each branch's a and b belong in the buffer.
+        adapter_parts: where each branch's a and b belong in the buffer. They are there as they were when this was made,
+            and are to be copied again where they have changed.
     """
 
     def __init__(
@@ -75,16 +76,7 @@ class LoraLinear:
             b = self._b[one.start : one.start + one.b.shape[0], column:stop]
             self.adapter_parts += [Part(one.a, self._a[column:stop], 1.0), Part(one.b, b, one.scale)]
             column = stop
-        self.take_adapters()
-
-    def take_adapters(self) -> None:
-        """Copy the adapters as they are now, for the products from here on."""
-        if not self.branches:
-            return
-        sources, targets, scales = zip(*self.adapter_parts, strict=True)
-        wide = [one.to(torch.promote_types(one.dtype, self._b.dtype)) for one in sources[1::2]]
-        torch._foreach_copy_(targets[::2], sources[::2])
-        torch._foreach_copy_(targets[1::2], torch._foreach_mul(wide, scales[1::2]))
+        copy_parts(self.adapter_parts)
 
     def inputs(self, x: torch.Tensor | int, *, into: torch.Tensor | None = None) -> torch.Tensor:
         """`xs` `[N, in + rank]` for `x` `[N, in]`; for a number of rows, a buffer whose columns `:in` are to be filled,

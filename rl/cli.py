@@ -6,13 +6,14 @@ Exit codes: 0 done; 2 a mistake that the user can fix; 1 anything else, a stoppe
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tandem.rl.allocator import use_growing_segments
+from tandem.rl.allocator import growing_segments
 from tandem.rl.errors import RunStopped, UserError
 from tandem.rl.library_imports import collector_off
 
@@ -160,7 +161,7 @@ def plan(
 
 def main() -> None:
     """Entry point: turns a user's mistake into one clear message and exit code 2."""
-    use_growing_segments()
+    os.environ.update(growing_segments())
     try:
         _refuse_dashes(sys.argv[1:])
         app()

@@ -56,22 +56,24 @@ class Projected(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What went into the projections `[T, columns (+ rank)]` and, turned, into attention `[T, heads, D]`; `middle` is
-    the residual stream `[T, d]` between the halves."""
+    """The residual stream `[T, d]` between the halves, and what went into the projections `[T, columns (+ rank)]`."""
 
-    qkv: torch.Tensor
-    query: torch.Tensor
-    key: torch.Tensor
-    output: torch.Tensor
     middle: torch.Tensor
+    qkv: torch.Tensor
+    output: torch.Tensor
     gate_up: torch.Tensor
 
 
+Turned = tuple[torch.Tensor, torch.Tensor]
+
+
 class Kept(NamedTuple):
-    """What the backward pass need not compute once more."""
+    """What the backward pass need not compute once more; `turned`: queries and keys `[T, heads, D]`, as attention had
+    them, kept with `inputs`."""
 
     projected: Projected
-    inputs: Inputs | None = None
+    inputs: Inputs | None
+    turned: Turned | None
 
 
 class LayerRun:
@@ -110,29 +112,27 @@ class LayerRun:
     def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, Attended, Kept | None]:
         """`[T, d]` -> the layer's output `[T, d]`, what attention gave on the way, and what is kept."""
         layer, weights, rows = self.layer, Weights(h.dtype, self._kept_weights), h.shape[0]
-        projected = xs_qkv = xs_output = xs_gate_up = None
-        out = torch.empty_like(h)
-        middle = out
+        projected = inputs = None
         if self.keep:
             projected = Projected(*(weights.of(block).gradients(rows) for block in (layer.qkv, layer.gate_up)))
         if self.keep_inputs:
             blocks = layer.qkv, layer.output, layer.gate_up
-            xs_qkv, xs_output, xs_gate_up = (weights.of(block).inputs(rows) for block in blocks)
-            middle = torch.empty_like(h)
-        raw = self._heads_of(h, weights, projected and projected.qkv, xs_qkv)
+            inputs = Inputs(torch.empty_like(h), *(weights.of(block).inputs(rows) for block in blocks))
+        raw = self._heads_of(h, weights, projected and projected.qkv, inputs and inputs.qkv)
         # With norms the backward pass wants queries and keys as they were before.
-        turned = self._turned(raw, free=projected is None or (self.keep_inputs and layer.query_norm is None))
+        turned = self._turned(raw, free=projected is None or (inputs is not None and layer.query_norm is None))
         attended = self._attend(*turned, self._heads(raw)[2])
-        kept_turned = turned if self.keep_inputs else None
+        kept = projected and Kept(projected, inputs, turned if inputs else None)
         del raw, turned
         weights.drop(layer.qkv)
+        out = torch.empty_like(h)
         gate_up, down = weights.of(layer.gate_up), weights.of(layer.down)
         for t in self.forward_tiles:
             end = out[t]
-            start = end if middle is out else middle[t]
-            self._middle(h[t], attended.output[t], weights, start, _rows(xs_output, t))
+            start = end if inputs is None else inputs.middle[t]
+            self._middle(h[t], attended.output[t], weights, start, _rows(inputs and inputs.output, t))
             both = gate_up.gradients(end.shape[0]) if projected is None else projected.gate_up[t]
-            xs = _normed(start, layer.mlp_norm, gate_up, _rows(xs_gate_up, t))
+            xs = _normed(start, layer.mlp_norm, gate_up, _rows(inputs and inputs.gate_up, t))
             gate_up.forward(xs, both[:, : gate_up.out_features])
             del xs
             width = gate_up.out_features // 2
@@ -144,11 +144,7 @@ class LayerRun:
                 down.add_forward(products, end, to=start)
             else:
                 end += rms_norm(down.forward(products), layer.mlp_post_norm)
-        if projected is None:
-            return out, attended, None
-        if kept_turned is None or xs_qkv is None or xs_output is None or xs_gate_up is None:
-            return out, attended, Kept(projected)
-        return out, attended, Kept(projected, Inputs(xs_qkv, *kept_turned, xs_output, middle, xs_gate_up))
+        return out, attended, kept
 
     def _heads_of(
         self, h: torch.Tensor, weights: Weights, into: torch.Tensor | None = None, xs: torch.Tensor | None = None
@@ -162,7 +158,7 @@ class LayerRun:
             block.forward(inputs, raw[t][:, : block.out_features])
         return raw
 
-    def _turned(self, raw: torch.Tensor, *, free: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _turned(self, raw: torch.Tensor, *, free: bool) -> Turned:
         """Queries and keys `[T, heads, D]`, turned; `free`: `raw` may be written over."""
         layer, (query, key, _) = self.layer, self._heads(raw)
         return (
@@ -205,26 +201,22 @@ class LayerRun:
             when_free: called when what the layer before has stored may come back.
         """
         layer, weights = self.layer, Weights(h.dtype, self._kept_weights)
-        projected, inputs = kept or (None, None)
+        projected, inputs, turned = kept or (None, None, None)
         del kept
         if stored:
             attended = Attended(*stored)
-        elif inputs is not None and projected is not None:
-            attended = self._attend(inputs.query, inputs.key, self._heads(projected.qkv)[2])
         else:
             raw = self._heads_of(h, weights) if projected is None else projected.qkv
-            attended = self._attend(*self._turned(raw, free=projected is None), self._heads(raw)[2])
+            attended = self._attend(*(turned or self._turned(raw, free=projected is None)), self._heads(raw)[2])
             del raw
         stored.clear()
         d_output = torch.empty_like(attended.output)
         for t in self.tiles:
-            gate_up = None if projected is None else projected.gate_up[t]
+            gate_up = _rows(projected and projected.gate_up, t)
             had = None if inputs is None else (inputs.output[t], inputs.middle[t], inputs.gate_up[t])
             self._rows_backward(h[t], attended.output[t], gate_up, had, grad[t], d_output[t], weights, grads)
             del gate_up, had
-        qkv = None if projected is None else projected.qkv
-        turned = None if inputs is None else (inputs.query, inputs.key)
-        xs_qkv = None if inputs is None else inputs.qkv
+        qkv, xs_qkv = projected and projected.qkv, inputs and inputs.qkv
         del projected, inputs
         for block in (layer.output, layer.gate_up, layer.down):
             grads.finish(block, weights.of(block))
@@ -310,7 +302,7 @@ class LayerRun:
         self,
         h: torch.Tensor,
         both: torch.Tensor | None,
-        turned: tuple[torch.Tensor, torch.Tensor] | None,
+        turned: Turned | None,
         attended: Attended,
         d_output: torch.Tensor,
         weights: Weights,

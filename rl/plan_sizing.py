@@ -183,13 +183,12 @@ def _rollout(room: Ledger, evaluated: int) -> dict[str, Any]:
 
 def _graphs_save(room: Ledger, evaluated: int) -> float | None:
     """Seconds that graphs would spare the whole run; None where its length is not known yet."""
-    config = room.config
-    if config.train.max_steps is None:
+    steps, every = room.config.train.max_steps, room.config.eval.eval_steps
+    if steps is None:
         return None
-    learned_from = config.train.steps_per_generation * config.algorithm.num_iterations
-    rollouts = config.train.max_steps / (learned_from if config.algorithm.name == "grpo" else 1)
+    rollouts = steps / room.work.updates
     if evaluated:
-        rollouts += 2 + (config.train.max_steps / config.eval.eval_steps if config.eval.eval_steps else 0)
+        rollouts += 2 + (steps / every if every else 0)
     return saved_by_graphs(room.setup, room.work, rollouts)
 
 
@@ -210,8 +209,8 @@ def _train_reasons(room: Ledger, changes: dict[str, dict[str, Any]]) -> dict[str
         other = {**values, key: _instead(key, value)}
         if key == "offload_activations":
             other.pop("attention_memory", None)  # where there is more room, it may be another
-        if key == "max_tokens" and value > max(MAX_TOKENS, plan.work.length):
-            usual = max(MAX_TOKENS, plan.work.length)
+        usual = max(MAX_TOKENS, plan.work.length)
+        if key == "max_tokens" and value > usual:
             less = _with(room, {**values, key: usual})
             found[key] = f"a long prompt once for its group: {_against(plan, less, f'with {usual:,}')}"
         elif key == "max_tokens" and value >= MAX_TOKENS:

@@ -23,7 +23,7 @@ import yaml
 from tiny_model import save_llama
 
 from tandem.rl import cli
-from tandem.rl.allocator import use_growing_segments
+from tandem.rl.allocator import growing_segments
 
 RL_TRAIN = [sys.executable, "-c", "from tandem.rl.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -246,12 +246,9 @@ def test_a_gpu_s_memory_grows_unless_the_user_says_otherwise(said: dict[str, str
 def test_segments_do_not_grow_where_the_driver_refuses_it(
     monkeypatch: pytest.MonkeyPatch, kernel: str, grows: bool
 ) -> None:
-    with monkeypatch.context() as patch:
-        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-            patch.setenv(name, "")  # put back as they were, whoever sets them
-            patch.delenv(name)
-        use_growing_segments(kernel)
-        assert ("PYTORCH_CUDA_ALLOC_CONF" in os.environ) is grows
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert ("PYTORCH_CUDA_ALLOC_CONF" in growing_segments(kernel)) is grows
 
 
 def test_sft_learns_and_leaves_its_files(sft_run: tuple[Path, Done]) -> None:
