@@ -22,7 +22,8 @@ scales of 4-bit weights: `trl` would then sample from another policy than it tra
 |engine - trainer|, nats) shows. trl-awake does without sleep mode.
 
 With `--beside` other processes may use the device meanwhile: `device_gib` is then what the driver says of the system's
-own process, and seconds say at most how long it takes.
+own process, and seconds say at most how long it takes. `--cap` holds nothing back then: Tandem chooses its sizes as it
+would on a card of so much memory, and a step that takes more of the device has failed.
 
 `--longest` instead takes one prompt of LENGTH - 2048 tokens with two completions of 2048 tokens each, with Tandem, up
 to the first length that fails. Without a CUDA device, tandem and trl generate through transformers, which tries the
@@ -120,8 +121,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"every length of --longest must be more than the {LONG_COMPLETION} tokens that are sampled")
     if arguments.longest and arguments.together:
         parser.error("--longest is for one system: leave --together out")
-    if arguments.cap and (arguments.together or arguments.beside):
-        parser.error("--cap holds back the rest of the device from all others: leave --together and --beside out")
+    if arguments.cap and arguments.together:
+        parser.error("--cap holds back the rest of the device from all others: leave --together out")
     if arguments.longest and not arguments.systems[0].startswith("tandem"):
         parser.error(f"--longest is for tandem, not for {arguments.systems[0]}")
     arguments.warmup_tokens = min(arguments.warmup_tokens, arguments.completion_tokens)
@@ -202,6 +203,8 @@ def rows_of(
             values = json.loads(rest)
             if watch is not None:
                 values["device_gib"] = watch.peak_gib()
+            elif arguments.cap and (taken := values.get("device_gib") or 0.0) > arguments.cap:
+                values["error"] = f"{taken} GiB of the device, more than the cap of {arguments.cap:g}"
             yield row(system, arguments, **values)
         elif kind == "NOTE":
             notes.append(json.loads(rest))
@@ -434,7 +437,8 @@ def tandem(system: str, arguments: argparse.Namespace, started: float) -> None:
 
     say_step = StepLines(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        run = FullLengthRun(tandem_config(system, arguments, folder), arguments.set, Notes(live=False))
+        card = arguments.cap if arguments.beside and arguments.cap else None
+        run = FullLengthRun(tandem_config(system, arguments, folder), arguments.set, Notes(live=False), card_gib=card)
         if arguments.warmup_tokens:
             shorter = {"max_completion_length": arguments.warmup_tokens}
             warmup = changed(run.config, run_name="warm-up", train={"max_steps": 1}, rollout=shorter)
@@ -445,9 +449,15 @@ def tandem(system: str, arguments: argparse.Namespace, started: float) -> None:
 
 
 class FullLengthRun:
-    """The run that `rl-train run` makes of a config; only the tokens that end a completion are left out."""
+    """The run that `rl-train run` makes of a config; only the tokens that end a completion are left out.
 
-    def __init__(self, settings: dict[str, Any], overrides: list[str], console: Any) -> None:
+    Args:
+        card_gib: choose sizes as on a card of so much memory; None: as on the one that is here.
+    """
+
+    def __init__(
+        self, settings: dict[str, Any], overrides: list[str], console: Any, *, card_gib: float | None = None
+    ) -> None:
         import torch
         import yaml
 
@@ -459,6 +469,8 @@ class FullLengthRun:
         path.write_text(yaml.safe_dump(settings), encoding="utf-8")
         config = load_config(path, overrides)
         self.console, self.inputs = console, prepare(config, console)
+        if card_gib is not None:
+            config = sized_for(card_gib, config, self.inputs)
         torch.manual_seed(config.seed)
         self.lm, self.engine, _, self.config = open_model(config, self.inputs, console)
 
@@ -488,6 +500,23 @@ class FullLengthRun:
             objective=self.inputs.objective,
             journal=RolloutJournal(config.run_dir, Mark(0, 0), source=source_of(config), note=self.console.note),
         )
+
+
+def sized_for(card_gib: float, config: Any, inputs: Any) -> Any:
+    """A config with what a run chooses on a card of this size; what a run fits to the memory that it finds is off."""
+    import psutil
+
+    from tandem.rl import plan
+    from tandem.rl.plan_devices import find_device
+    from tandem.rl.plan_shape import read_shape
+    from tandem.rl.plan_sizing import choose_sizes
+    from tandem.rl.training_data import longest_sequence
+
+    if config.train.projection_memory == "auto":
+        config = plan.changed(config, {"train": {"projection_memory": "recompute"}})
+    card = find_device(str(card_gib), host_gib=psutil.virtual_memory().available / GIB)
+    longest = longest_sequence(config, inputs.data)
+    return plan.changed(config, choose_sizes(read_shape(config.model), config, card, longest=longest).changes)
 
 
 def changed(config: Any, *, run_name: str, **sections: dict[str, Any]) -> Any:

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import grpo_step
-from update import GIB, RESULTS, header, lines_of, result_path, store
+from update import GIB, RESULTS, command_line, header, lines_of, result_path, store
 
 LIMIT = 10.0
 # Of a card, what configurations may need together by their plans.
@@ -116,6 +116,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--predict", metavar="CARD", help="print the predictions for a card, and run nothing")
     parser.add_argument("--checkpoints", type=Path, help="folder for the checkpoints, which stay (default: none does)")
     parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results)")
+    parser.add_argument("--into", type=Path, metavar="FILE.json", help="add to this result, in place of the same cases")
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -131,7 +132,11 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
         raise SystemExit("the device cannot be asked: try python -c 'import torch; torch.cuda.init()'")
     on_gpu = device["total_gib"] is not None
     result = header("plan_peaks.py", "plan-peaks", argv, device) | {"together": arguments.together, "rows": []}
-    target = result_path(arguments.out or RESULTS, result)
+    target = arguments.into or result_path(arguments.out or RESULTS, result)
+    if arguments.into and arguments.into.exists():
+        result = json.loads(arguments.into.read_text(encoding="utf-8"))
+        result["rows"] = [one for one in result["rows"] if one["case"] not in arguments.cases]
+        result.setdefault("more_commands", []).append(command_line("plan_peaks.py", argv))
     with (
         tempfile.TemporaryDirectory() as scratch,
         ThreadPoolExecutor(len(CASES)) as makers,

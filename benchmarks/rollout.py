@@ -123,6 +123,8 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
         ahead = {system: started(system) for system in arguments.systems} if arguments.together else {}
         for worker in ahead.values():
             worker.wait_until(worker.turn.ready, arguments.timeout)
+        if ahead:
+            print("all are ready", flush=True)
         while arguments.gate and ahead and not arguments.gate.exists():
             time.sleep(0.2)
         for system in arguments.systems:

@@ -419,6 +419,36 @@ def test_wrong_steps_are_refused(more: list[str]) -> None:
         grpo_step.parse(["--model", "m", *more])
 
 
+def test_a_step_beside_others_that_takes_more_than_its_card_has_failed() -> None:
+    known = grpo_step.parse(["--model", "m", "--beside", "--cap", "24"])
+    lines = [("ROW", json.dumps({"step": n, "device_gib": gib})) for n, gib in ((1, 23.9), (2, 24.1))]
+    fits, exceeds = grpo_step.rows_of("tandem", known, iter(lines), None, [])
+    assert fits["error"] is None
+    assert exceeds["error"] == "24.1 GiB of the device, more than the cap of 24"
+
+
+def test_sizes_are_those_of_the_card_that_stands_in_for_a_larger_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tandem.rl.config_file import load_config
+
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=110 * GIB))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    shape_of_model = module("random_checkpoint").SHAPES["qwen3-8b"] | {"max_position_embeddings": 140_000}
+    (tmp_path / "config.json").write_text(json.dumps(shape_of_model))
+    argv = ["--model", str(tmp_path), "--longest", "131072", "--cap", "24", "--beside"]
+    ((system, shape),) = grpo_step.jobs(grpo_step.parse(argv), argv)
+    settings = grpo_step.tandem_config(system, grpo_step.parse([*argv, *shape]), str(tmp_path))
+    (tmp_path / "step.yaml").write_text(json.dumps(settings))
+    config = load_config(tmp_path / "step.yaml", ["rollout.kv_cache_dtype=fp8"])
+    data = SimpleNamespace(prompts=[SimpleNamespace(ids=[0] * 129_024)], eval_prompts=[])
+    sized = grpo_step.sized_for(24.0, config, SimpleNamespace(data=data))
+    assert sized.train.projection_memory == "recompute", "what is free on the larger card is not taken"
+    assert sized.train.max_tokens == 129_024 + 2 * 2048, "the prompt once for its group"
+    assert sized.train.offload_activations
+    assert 9 < sized.rollout.kv_cache_gib < 16
+
+
 def test_the_summary_takes_medians_of_the_steps() -> None:
     known = grpo_step.parse(["--model", "m"])
     steps = [(1, 9.0, 8.0), (2, 2.0, 1.0), (3, 4.0, 3.0)]
