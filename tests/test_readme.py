@@ -76,8 +76,16 @@ def test_what_is_told_of_whole_steps_learning_peaks_and_rounding_are_those_of_th
     newest = sorted((ROOT / "benchmarks" / "results").glob("plan-peaks-h*.json"))[-1]
     peaks = json.loads(newest.read_text("utf-8"))["summary"]
     assert peaks["failed"] == 0
-    assert peaks["configurations"] == 8
+    assert peaks["configurations"] == 10
     assert f"within {peaks['peak_allocated']['worst'][2]}% of it" in text
+    newest = sorted((ROOT / "benchmarks" / "results").glob("rollout-h200-2*.json"))[-1]
+    assert newest.name in text
+    rates = {
+        (row["system"], row["batch"]): row["decode_tokens_per_s"]
+        for row in json.loads(newest.read_text("utf-8"))["rows"]
+        if row["kind"] == "decode"
+    }
+    assert f"{rates['tandem-int4', 64] / rates['vllm-bnb', 64]:.2f} times the rate of stock vLLM" in text
     found = []
     for name in ("rounding-floor-h*.json", "rounding-floor-nf4-h*.json"):
         path = sorted((ROOT / "benchmarks" / "results").glob(name))[-1]
