@@ -14,7 +14,7 @@ Which segments go where depends on the layout alone: `plan` works it out once fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
 
@@ -83,6 +83,14 @@ class Plan:
     def whole(self) -> bool:
         return len(self.runs) == 1 and not self.crosses and not self.blocked
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that lies on the device, in an order that does not depend on the pack."""
+        found = [run.offsets for run in self.runs]
+        for one in self.crosses:
+            found += [x for x in (one.rows, one.keys, one.row_offsets, one.key_offsets) if isinstance(x, torch.Tensor)]
+        return found
+
 
 class Pieces(Protocol):
     """What the pieces are computed by. Tensors are those of the whole pack; results are the rows of the piece."""
@@ -133,8 +141,38 @@ class Pieces(Protocol):
 
 def plan(layout: PackLayout, window: int | None, device: torch.device) -> Plan:
     """The pieces of a layout; made once for all layers that have this window."""
-    name = ("pieces", window, device, LONG_SEGMENT, LONG_CROSS)
-    return layout.once(name, lambda: _plan(layout.families, window, device))
+    return layout.once(_name(window, device), lambda: _plan(layout.families, window, device))
+
+
+def rounded_plan(layout: PackLayout, device: torch.device, unit: int) -> Plan | None:
+    """The plan of a layout that has none yet, for layers without a window, with its longest pieces rounded up to
+    multiples of `unit`: all that is not on the device is then the same for many packs.
+
+    Returns:
+        None where a piece is long, which PyTorch plans for by its length.
+    """
+
+    def up(longest: int) -> int:
+        return -(-longest // unit) * unit
+
+    def make() -> Plan:
+        made = _plan(layout.families, None, device)
+        return Plan(
+            [replace(one, longest=up(one.longest)) for one in made.runs],
+            [
+                replace(one, longest_rows=up(one.longest_rows), longest_keys=up(one.longest_keys))
+                for one in made.crosses
+            ],
+            made.blocked,
+        )
+
+    made: Plan = layout.once(_name(None, device), make)
+    long = [run.long for run in made.runs] + [cross.long for cross in made.crosses]
+    return None if any(long) else made
+
+
+def _name(window: int | None, device: torch.device) -> tuple[object, ...]:
+    return "pieces", window, device, LONG_SEGMENT, LONG_CROSS
 
 
 def _plan(families: list[Family], window: int | None, device: torch.device) -> Plan:

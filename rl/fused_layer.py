@@ -13,18 +13,24 @@ from typing import Any, Literal
 import torch
 from torch.autograd.function import once_differentiable
 
+from tandem.kernels.attention_blocked import Scoring
+from tandem.kernels.attention_pieces import takes
 from tandem.kernels.pack_layout import PackLayout
 from tandem.rl.config import TrainConfig
 from tandem.rl.errors import UserError
 from tandem.rl.families import Layer, ModelSpec, Norm, describe
-from tandem.rl.layer_ops import LoraGrads, rms_norm_backward, tiles
-from tandem.rl.layer_run import LayerRun, normed
+from tandem.rl.layer_graphs import LayerGraphs, Recorder, Ropes, Stack
+from tandem.rl.layer_ops import LoraGrads, Rope
+from tandem.rl.layer_run import LayerRun, norm_backward, normed
 from tandem.rl.model import LanguageModel
 from tandem.rl.offload import HostStore, Store, fits, free_on, goes_to_host, layers_beside
+from tandem.rl.pack_padding import Alike, made_alike
 from tandem.rl.prepared_weights import KeptWeights
 
 # Rows that pass the MLP at a time, where nothing else is said.
 TILE_ROWS = 4096
+# What recorded passes may keep, which stays on the device between them.
+MOST_RECORDED_BYTES = 2 << 30
 # Attention in parts costs little time where each part is long: from these lengths on in two, in four, one by one.
 _GROUPS = ((12_288, 2), (24_576, 4), (49_152, 1 << 30))
 
@@ -44,18 +50,25 @@ class LayerPlan:
             compute again. save: of all layers, on the device; recompute: of none; auto: on a GPU of as many layers,
             from the last, as fit beside everything else. A small model, which is bound by calls, then keeps all else
             too that would be computed again.
+        recorded: a small model's passes are recorded and replayed, for packs that are padded to be alike
+            (`layer_graphs`).
     """
 
     tile_rows: int = TILE_ROWS
     groups: int | None = None
     attention: Literal["auto", "save", "recompute"] = "auto"
     projections: Literal["auto", "save", "recompute"] = "auto"
+    recorded: bool = False
 
     @classmethod
     def of(cls, train: TrainConfig) -> LayerPlan:
         """As a config says."""
         return cls(
-            train.mlp_tile_rows or TILE_ROWS, train.kv_head_groups, train.attention_memory, train.projection_memory
+            train.mlp_tile_rows or TILE_ROWS,
+            train.kv_head_groups,
+            train.attention_memory,
+            train.projection_memory,
+            train.cuda_graphs,
         )
 
     def groups_for(self, rows: int, kv_heads: int) -> int:
@@ -72,19 +85,23 @@ class FusedLayers:
 
     Args:
         plan: tiles, groups, attention, projections. offload: keep what the backward pass needs in host memory; None: on
-            a GPU, for packs that would leave more than 512 MiB.
+            a GPU, for packs that would leave more than 512 MiB. recorder: of passes, in place of CUDA graphs.
 
     Attributes:
         layers_kept: layers whose projections the latest pack kept.
     """
 
-    def __init__(self, plan: LayerPlan | None = None, *, offload: bool | None = None) -> None:
+    def __init__(
+        self, plan: LayerPlan | None = None, *, offload: bool | None = None, recorder: Recorder | None = None
+    ) -> None:
         self.plan = plan or LayerPlan()
         self.offload = offload
         self.host: HostStore | None = None
         self.near = Store()
         self.layers_kept = 0
         self._weights = KeptWeights()
+        self._recorder = recorder
+        self._graphs: LayerGraphs | None = None
         self._lm: Any = None
         self._spec: ModelSpec | None = None
         if self.plan.tile_rows < 1:
@@ -126,12 +143,13 @@ class FusedLayers:
         """Leave the model as it was before `attach`, and free the host memory."""
         if self._lm is not None:
             self._lm.fused = None
-        self._lm, self._spec, self.host = None, None, None
+        self._lm, self._spec, self.host, self._graphs = None, None, None, None
         self._weights = KeptWeights()
 
     def abandon(self) -> None:
         """Let go of what the latest pack has left, which did not come to its end for want of memory."""
         self._weights.stop()
+        self._graphs = None
         if self.host is not None:
             self.host.begin()
 
@@ -144,13 +162,22 @@ class FusedLayers:
         assert self._spec is not None, "attach first"
         spec, plan = self._spec, self.plan
         h = spec.backbone.embed_tokens(input_ids[None])[0]
+        rows, first = h.shape[0], spec.layer(0)
+        kept = self._weights if self._weights.begin(first, spec.num_layers, h.dtype) else None
+        alike = None
+        if kept is not None and plan.recorded and torch.is_grad_enabled() and not h.requires_grad:
+            alike = made_alike(layout, h.device)
+        if alike is not None:
+            h, position_ids, layout = alike.padded(h), alike.padded(position_ids), alike.layout
         rope = spec.rope(h, position_ids)
-        first = spec.layer(0)
         store, save = self._store_for(h, spec.num_layers, first)
         groups = plan.groups_for(h.shape[0], first.kv_heads)
-        kept = self._weights if self._weights.begin(first, spec.num_layers, h.dtype) else None
         inputs = kept is not None and plan.projections == "auto"
         self.layers_kept = self._layers_to_keep(h, spec.num_layers, first, inputs) if torch.is_grad_enabled() else 0
+        if alike is not None and save and store is self.near and self.layers_kept == spec.num_layers:
+            found = self._recorded(alike, h, rope, groups, inputs)
+            if found is not None:
+                return found[:rows]
         for index in range(spec.num_layers):
             # Read as late as this, so that the device has work meanwhile.
             layer = spec.layer(index)
@@ -164,7 +191,28 @@ class FusedLayers:
                 h = _LayerNode.apply(h, run, store, save, *parameters)
             else:
                 h = run.forward(h)[0]
-        return _NormNode.apply(h, spec.final_norm(), plan.tile_rows)
+        out: torch.Tensor = _NormNode.apply(h, spec.final_norm(), plan.tile_rows)
+        return out if alike is None else out[:rows]
+
+    def _recorded(self, alike: Alike, h: torch.Tensor, rope: Ropes, groups: int, inputs: bool) -> torch.Tensor | None:
+        """The padded pack through a recording, where there is one of its kind and the layers allow it."""
+        spec, plan = self._spec, self.plan
+        assert spec is not None
+        layers = spec.layers()
+        if len(layers) * _kept_bytes(h, layers[0], inputs) > MOST_RECORDED_BYTES:
+            return None
+        if self._recorder is None and not all(_recordable(layer, h) for layer in layers):
+            return None
+
+        def make(layer: Layer, rope: Rope, layout: PackLayout) -> LayerRun:
+            return LayerRun(
+                layer, rope, layout,
+                tile_rows=plan.tile_rows, groups=groups, keep=True, keep_inputs=inputs, kept=self._weights,
+            )  # fmt: skip
+
+        if self._graphs is None:
+            self._graphs = LayerGraphs(h.device, self._weights, self._recorder)
+        return self._graphs.hidden(alike, h, rope, Stack(layers, spec.final_norm(), plan.tile_rows, make))
 
     def _store_for(self, h: torch.Tensor, num_layers: int, layer: Layer) -> tuple[Store, bool]:
         """Where this pack's layers keep what they keep, and whether attention's output is a part of it."""
@@ -186,13 +234,24 @@ class FusedLayers:
             return num_layers if self.plan.projections == "save" else 0
         if h.device.type != "cuda":
             return 0
-        rows, width = h.shape
-        columns = layer.qkv.size[0] + layer.gate_up.size[0]
-        if inputs:
-            columns += width + sum(block.size[1] for block in (layer.qkv, layer.output, layer.gate_up))
-            columns += 0 if layer.query_norm is None else (layer.query_heads + layer.kv_heads) * layer.head_dim
-        each = rows * h.element_size() * columns
-        return layers_beside(free_on(h.device), each, num_layers, rows * width * h.element_size())
+        each = _kept_bytes(h, layer, inputs)
+        return layers_beside(free_on(h.device), each, num_layers, h.numel() * h.element_size())
+
+
+def _kept_bytes(h: torch.Tensor, layer: Layer, inputs: bool) -> int:
+    """What a layer keeps of a pack beside its input and attention's output."""
+    columns = layer.qkv.size[0] + layer.gate_up.size[0]
+    if inputs:
+        columns += h.shape[1] + sum(block.size[1] for block in (layer.qkv, layer.output, layer.gate_up))
+        columns += 0 if layer.query_norm is None else (layer.query_heads + layer.kv_heads) * layer.head_dim
+    return h.shape[0] * h.element_size() * columns
+
+
+def _recordable(layer: Layer, h: torch.Tensor) -> bool:
+    """Whether attention is kernels that read the pack's layout on the device, and every adapter is trained."""
+    scoring = Scoring(layer.scale, layer.window, layer.softcap)
+    trained = layer.parameters and all(p.requires_grad for p in layer.parameters)
+    return bool(trained) and layer.window is None and takes(h.view(-1, 1, h.shape[1])[..., : layer.head_dim], scoring)
 
 
 def _check_groups(groups: int | None, kv_heads: int) -> None:
@@ -258,7 +317,4 @@ class _NormNode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         (h,) = ctx.saved_tensors
-        out = torch.empty_like(h)
-        for t in tiles(h.shape[0], ctx.tile_rows):
-            out[t] = rms_norm_backward(grad[t], h[t], ctx.norm)
-        return out, None, None
+        return norm_backward(grad, h, ctx.norm, ctx.tile_rows), None, None

@@ -384,3 +384,11 @@ def normed(h: torch.Tensor, norm: Norm, tile_rows: int) -> torch.Tensor:
     for t in tiles(h.shape[0], tile_rows):
         rms_norm(h[t], norm, out=out[t])
     return out
+
+
+def norm_backward(grad: torch.Tensor, h: torch.Tensor, norm: Norm, tile_rows: int) -> torch.Tensor:
+    """The gradient of `normed`'s `h`."""
+    out = torch.empty_like(h)
+    for t in tiles(h.shape[0], tile_rows):
+        out[t] = rms_norm_backward(grad[t], h[t], norm)
+    return out

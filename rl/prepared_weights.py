@@ -41,9 +41,14 @@ class Weights:
 
 
 class KeptWeights:
-    """Prepared weights of all layers, which stay for the next pass."""
+    """Prepared weights of all layers, which stay for the next pass.
+
+    Attributes:
+        version: another one whenever prepared weights have moved.
+    """
 
     def __init__(self) -> None:
+        self.version = 0
         # By the layers that are multiplied by: what they were prepared from is compared, and only the latest is kept.
         self._linears: dict[_Key, tuple[_Key, LoraLinear]] = {}
         # The adapters of all that is kept, copied at once; None: to be made anew.
@@ -75,6 +80,7 @@ class KeptWeights:
         if bases not in self._linears or self._linears[bases][0] != origin:
             self._linears.pop(bases, None)  # before another one takes as much memory
             self._copies = None
+            self.version += 1
             self._linears[bases] = origin, _prepared(block, dtype)
         return self._linears[bases][1]
 
@@ -84,6 +90,7 @@ class KeptWeights:
         self._drop()
 
     def _drop(self) -> None:
+        self.version += 1
         self._linears.clear()
         self._copies = None
 

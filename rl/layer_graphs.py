@@ -1,0 +1,221 @@
+"""A small model's layers, forward and backward, recorded once for packs that are alike and replayed for the next.
+
+A small model's pass is bound by its thousands of calls, each of which takes the host longer than the device. Recorded
+as a CUDA graph they are one. What a recording reads and writes stays where it is: the pack's hidden states, rotations
+and layout are copied to it, the adapters are copied to prepared weights as for any pass (`KeptWeights`), and gradients
+leave it in one buffer. A pack is padded to sizes that come again (`pack_padding`), runs once as usual, so that every
+kernel is there, and is recorded when its sizes come for the second time.
+
+One recording at a time is between its forward and its backward pass: all share one pool of memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from tandem.rl.families import Layer, Norm
+from tandem.rl.layer_ops import LoraGrads, Rope
+from tandem.rl.layer_run import LayerRun, norm_backward, normed
+from tandem.rl.pack_padding import Alike
+from tandem.rl.prepared_weights import KeptWeights
+
+# Recordings that are kept, the latest.
+_MOST = 8
+
+Work = Callable[[], None]
+Ropes = dict[str | None, Rope]
+
+
+class Recorder(Protocol):
+    """Turns work into something that does the same work again."""
+
+    def record(self, work: Work) -> Work: ...
+
+
+class CudaRecorder:
+    """CUDA graphs in one pool of memory. Every kernel of the work must have run once before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+    def record(self, work: Work) -> Work:
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(here)
+        # Not torch.cuda.graph, which collects garbage and empties the allocator's cache at each recording.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            except BaseException:
+                # What went wrong is told, not that the recording has not come to its end.
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        here.wait_stream(self._stream)
+        return graph.replay
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The layers of a pass and how they are run; `make`: a `LayerRun` of a layer that keeps all that it can."""
+
+    layers: list[Layer]
+    norm: Norm
+    tile_rows: int
+    make: Callable[[Layer, Rope, Any], LayerRun]
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [p for layer in self.layers for p in layer.parameters]
+
+
+class _Lease:
+    """One pass through a recording, from forward to backward. It ends with the graph that holds it."""
+
+    def __init__(self, record: _Record) -> None:
+        self.record = record
+
+
+class LayerGraphs:
+    """The recordings of one model.
+
+    Args:
+        kept: prepared weights, whose memory recordings read. recorder: None: CUDA graphs on `device`.
+    """
+
+    def __init__(self, device: torch.device, kept: KeptWeights, recorder: Recorder | None = None) -> None:
+        self._recorder = recorder or CudaRecorder(device)
+        self._kept, self._version = kept, kept.version
+        self._off = False
+        self._seen: set[tuple[Any, ...]] = set()
+        self._records: OrderedDict[tuple[Any, ...], _Record] = OrderedDict()
+        self._lease: weakref.ref[_Lease] | None = None
+
+    def hidden(self, alike: Alike, h: torch.Tensor, rope: Ropes, stack: Stack) -> torch.Tensor | None:
+        """Hidden states `[T, d]` behind the final norm, differentiable in the adapters, of padded rows `h`; None where
+        there is no recording yet, or one is under way, and the layers are to be run as usual."""
+        if self._off:
+            return None
+        for layer in stack.layers:
+            for block in layer.blocks:
+                self._kept.of(block, h.dtype)
+        if self._kept.version != self._version:
+            self._records.clear()
+            self._version = self._kept.version
+        if self._lease is not None and self._lease() is not None:
+            return None
+        key = (*alike.key, h.dtype)
+        if key not in self._seen:
+            self._seen.add(key)
+            return None
+        if key not in self._records:
+            try:
+                self._records[key] = _Record(alike, h, rope, stack, self._recorder)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                warnings.warn(f"passes are not recorded (train.cuda_graphs): {error}", RuntimeWarning, 2)
+                self._off = True
+                return None
+        self._records.move_to_end(key)
+        while len(self._records) > _MOST:
+            self._records.popitem(last=False)
+        lease = _Lease(self._records[key])
+        self._lease = weakref.ref(lease)
+        lease.record.take(alike, h, rope)
+        out: torch.Tensor = _Replayed.apply(lease, *stack.parameters)
+        return out
+
+
+class _Record:
+    """Both passes of packs that are alike; all tensors of it stay where they are."""
+
+    def __init__(self, alike: Alike, h: torch.Tensor, rope: Ropes, stack: Stack, recorder: Recorder) -> None:
+        self._h, self._out, self._grad = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
+        self._rope = {kind: (cos.clone(), sin.clone()) for kind, (cos, sin) in rope.items()}
+        # The layout's plan is what attention finds in it: its tensors are this recording's from now on.
+        self._plan, layout = alike.plan, alike.layout
+        parameters = stack.parameters
+        self._sizes = [p.numel() for p in parameters]
+        self._shapes = [p.shape for p in parameters]
+        self._grads = torch.empty(sum(self._sizes), dtype=parameters[0].dtype, device=h.device)
+        places = [x.view(s) for x, s in zip(self._grads.split(self._sizes), self._shapes, strict=True)]
+        runs = [stack.make(layer, self._rope[layer.rope], layout) for layer in stack.layers]
+        between: list[tuple[torch.Tensor, Any, Any]] = []
+        last: list[torch.Tensor] = []
+
+        def forward() -> None:
+            between.clear()
+            x = self._h
+            for run in runs:
+                out, attended, kept = run.forward(x)
+                between.append((x, attended, kept))
+                x = out
+            last[:] = [x]
+            self._out.copy_(normed(x, stack.norm, stack.tile_rows))
+
+        def backward() -> None:
+            grad = norm_backward(self._grad, last.pop(), stack.norm, stack.tile_rows)
+            place = len(places)
+            for number in reversed(range(len(runs))):
+                x, attended, kept = between.pop()
+                grads = LoraGrads()
+                runs[number].backward(
+                    x, [*attended], kept, grad, grads, need_input=number > 0, when_free=lambda: None
+                )  # fmt: skip
+                for p in reversed(stack.layers[number].parameters):
+                    place -= 1
+                    found = grads.of(p)
+                    assert found is not None, "every adapter has a gradient"
+                    places[place].copy_(found)
+
+        with torch.no_grad():
+            self._forward = recorder.record(forward)
+            self._backward = recorder.record(backward)
+
+    def take(self, alike: Alike, h: torch.Tensor, rope: Ropes) -> None:
+        """A pack's own values."""
+        self._h.copy_(h)
+        for kind, tables in rope.items():
+            for mine, new in zip(self._rope[kind], tables, strict=True):
+                mine.copy_(new)
+        if alike.plan is not self._plan:
+            for mine, new in zip(self._plan.tensors, alike.plan.tensors, strict=True):
+                mine.copy_(new)
+
+    def forward(self) -> torch.Tensor:
+        self._forward()
+        return self._out.clone()
+
+    def backward(self, grad: torch.Tensor) -> list[torch.Tensor]:
+        """The parameters' gradients, in memory of their own."""
+        self._grad.copy_(grad)
+        self._backward()
+        parts = self._grads.clone().split(self._sizes)
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, lease: _Lease, *parameters: torch.Tensor) -> torch.Tensor:
+        # Holds no memory of its own, and lets autograd see an update between the passes.
+        ctx.save_for_backward(*parameters)
+        ctx.lease = lease
+        return lease.record.forward()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        _ = ctx.saved_tensors
+        lease, ctx.lease = ctx.lease, None
+        return (None, *lease.record.backward(grad))
