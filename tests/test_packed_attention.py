@@ -184,7 +184,9 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
     got = pair(*given, layout, Scoring(1.0))
     assert all(x.isfinite().all() for x in got)
     want = expected(*given, layout, Scoring(1.0))
-    torch.testing.assert_close(got[1].double(), want[1], rtol=1e-6, atol=0.0)
+    # A product of DIM terms is as far off as they are large, in whatever order a processor adds them.
+    terms = float((given[0].abs().amax(dim=(1, 2)) * given[1].abs().max()).max()) * DIM
+    torch.testing.assert_close(got[1].double(), want[1], rtol=0.0, atol=torch.finfo(torch.float32).eps * terms)
     torch.testing.assert_close(got[0].double(), want[0], rtol=1e-2, atol=1e-2)
 
 
