@@ -235,7 +235,8 @@ def _filled(rows: list[Row], totals: list[float | None]) -> list[float]:
     for row, total in zip(rows, totals, strict=True):
         if total is not None:
             groups.setdefault(row.group, []).append(total)
-    means = {group: statistics.fmean(known) for group, known in groups.items()}
+    # Rounding must not put the mean beside totals that are all equal: the row would be the best or the worst of them.
+    means = {group: min(max(statistics.fmean(known), min(known)), max(known)) for group, known in groups.items()}
     return [means.get(row.group, 0.0) if total is None else total for row, total in zip(rows, totals, strict=True)]
 
 

@@ -10,7 +10,6 @@ import torch
 from tandem.rl.advantages import advantages, uniform_groups
 from tandem.rl.config import AlgorithmConfig, Config
 from tandem.rl.distributed import interleave
-from tandem.rl.metrics import applicable_total
 from tandem.rl.preference_step import Answers
 from tandem.rl.samples import Scored, Sequence
 from tandem.rl.step import PolicyBatch
@@ -37,7 +36,7 @@ def with_advantages(rows: list[Scored], config: Config, penalties: list[float] |
     kept = [row for row in rows if not row.skipped]
     if not kept:
         return rows
-    rewards = np.array([row.reward for row in kept], dtype=np.float64)
+    rewards = np.array([_total(row, config) for row in kept], dtype=np.float64)
     if penalties is not None:
         rewards -= np.array([penalty for penalty, row in zip(penalties, rows, strict=True) if not row.skipped])
     if config.algorithm.advantage_level == "turn":
@@ -56,14 +55,21 @@ def with_advantages(rows: list[Scored], config: Config, penalties: list[float] |
     return rows
 
 
+def _total(row: Scored, config: Config) -> float:
+    """The weighted total; nan where no reward applies to the row, and its `reward` is only made up from its group's."""
+    specs = config.rewards.reward_funcs
+    counted = {spec.label for spec in specs if spec.weight} or {spec.label for spec in specs}
+    values = [value for name, value in row.rewards.items() if name in counted]
+    return math.nan if values and all(value is None for value in values) else row.reward
+
+
 def _fill_in_by_turn(rows: list[Scored], totals: np.ndarray, config: Config) -> None:
-    """The same for every turn. `totals`: `[rows]` rewards of whole episodes."""
+    """The same for every turn. `totals`: `[rows]` rewards of whole episodes, nan where there is none."""
     turns = [turns_of(row.completion) for row in rows]
     own = {spec.label: spec.weight for spec in config.rewards.reward_funcs if spec.function == "environment"}
     returns: list[list[float] | None] = []
     for row, total in zip(rows, totals, strict=True):
-        # The total of a row without a reward is made up from its group, for episodes as a whole.
-        if max(turns) > 1 and math.isnan(applicable_total(row)):
+        if math.isnan(total):
             returns.append(None)
             continue
         weight = next((weight for name, weight in own.items() if row.rewards.get(name) is not None), None)
@@ -91,7 +97,7 @@ def learned_from(rows: list[Scored], config: Config) -> list[int]:
     """Rows whose group takes part in the batch: not where a reward failed that leaves its group out, nor, where the
     config says so, where no rewards differ."""
     size = config.rollout.num_generations
-    uniform = uniform_groups(np.array([row.reward for row in rows]).reshape(-1, size))
+    uniform = uniform_groups(np.array([_total(row, config) for row in rows]).reshape(-1, size))
     if config.algorithm.advantage_level == "turn":  # equal in the whole, and yet different on the way
         differs = [len(row.turn_advantages) > 1 and any(row.turn_advantages) for row in rows]
         uniform &= ~np.array(differs).reshape(-1, size).any(axis=1)

@@ -15,7 +15,7 @@ from itertools import groupby
 
 import numpy as np
 
-from tandem.rl.advantages import STD_EPSILON, advantages
+from tandem.rl.advantages import compared
 from tandem.rl.config import AlgorithmConfig
 from tandem.rl.samples import Completion
 
@@ -65,8 +65,8 @@ def turn_advantages(
     baseline is the batch's.
 
     Args:
-        returns: of each turn of each episode; None: the episode has no reward, and its turns are given what the others
-            of the group have there on average, so that nothing is learned from it.
+        returns: of each turn of each episode; None: the episode has no reward, takes part in no comparison, and its
+            advantages are 0.
         turns: of each episode.
         num_generations: episodes of a group.
     """
@@ -75,12 +75,7 @@ def turn_advantages(
     for row, (known, count) in enumerate(zip(returns, turns, strict=True)):
         if known is not None:
             table[row // num_generations, row % num_generations, :count] = known
-    reached = np.arange(max(turns)) < np.array(turns).reshape(*shape[:2], 1)
-    table = np.where(np.isnan(table) & reached, _means(table, ~np.isnan(table)), table)
-    if max(turns) == 1:
-        found = advantages(table[:, :, 0], options)[:, :, None]
-    else:
-        found = _compared(table, reached, options)
+    found = compared(table, ~np.isnan(table), options)
     return [row[:count].tolist() for row, count in zip(found.reshape(len(turns), -1), turns, strict=True)]
 
 
@@ -93,29 +88,3 @@ def turn_numbers(sampled: Sequence[bool]) -> list[int]:
             numbers += [turn] * len(list(tokens))
             turn += 1
     return numbers
-
-
-def _compared(returns: np.ndarray, reached: np.ndarray, options: AlgorithmConfig) -> np.ndarray:
-    """Advantages `[groups, episodes, turns]`; what was not reached is 0."""
-    if options.advantage_estimator == "reinforce_plus_plus":
-        values = returns[reached]
-        return np.where(reached, (returns - values.mean()) / (values.std(ddof=1) + STD_EPSILON), 0.0)
-    count = reached.sum(axis=1, keepdims=True)
-    centred = np.where(reached, returns - _means(returns, reached), 0.0)
-    largest = np.where(reached, returns, -np.inf).max(axis=1, keepdims=True)
-    smallest = np.where(reached, returns, np.inf).min(axis=1, keepdims=True)
-    # The mean of equal numbers can differ from them by rounding; no signal must be exactly no signal.
-    centred = np.where(largest == smallest, 0.0, centred)
-    others = np.maximum(count - 1, 1)
-    if options.advantage_estimator == "rloo":
-        return centred * count / others
-    if options.scale_rewards == "group":
-        return centred / (np.sqrt((centred**2).sum(axis=1, keepdims=True) / others) + STD_EPSILON)
-    if options.scale_rewards == "batch":
-        return centred / (returns[reached].std(ddof=1) + STD_EPSILON)
-    return centred
-
-
-def _means(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """`[groups, 1, turns]` over a group's episodes; 0 where none is known."""
-    return np.where(known, values, 0.0).sum(axis=1, keepdims=True) / np.maximum(known.sum(axis=1, keepdims=True), 1)
