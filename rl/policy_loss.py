@@ -160,7 +160,8 @@ def token_weights(loss_type: str, counts: list[int], *, max_completion_length: i
     """Weight of every token of each sequence of an optimiser batch.
 
     Args:
-        counts: scored tokens of each sequence, 0 for one that is masked out (it still counts as a sequence).
+        counts: scored tokens of each sequence, 0 for one that is masked out (it still counts as a sequence). There is
+            none where every group was left out.
 
     sequence: 1/(B·|o_i|), arXiv 2402.03300 eq. 3 · token: 1/Σ|o_i|, arXiv 2503.14476 eq. 8 (TRL's bnpo divides by the
     micro-batch's tokens, which depends on the batch layout; here it is the same as dapo) · constant: 1/(B·L_max),
@@ -172,7 +173,7 @@ def token_weights(loss_type: str, counts: list[int], *, max_completion_length: i
         return [1.0 / (batch * max(n, 1)) for n in counts]
     if average == "token":
         return [1.0 / max(total, 1)] * batch
-    return [1.0 / (batch * max_completion_length)] * batch
+    return [1.0 / (max(batch, 1) * max_completion_length)] * batch
 
 
 def policy_loss(tokens: PolicyTokens, options: AlgorithmConfig) -> LossValue:

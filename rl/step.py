@@ -229,9 +229,9 @@ def _log_correction(metrics: dict[str, torch.Tensor], meter: Meter) -> None:
 
 def top_entropy_masks(entropies: list[torch.Tensor], share: float) -> list[torch.Tensor]:
     """Which tokens belong to the given share of highest entropy in the whole batch (arXiv 2506.01939), by sequence."""
-    everything = torch.cat(entropies).double()
-    if not len(everything):
+    if not sum(map(len, entropies)):  # all masked out, or no sequence at all
         return [torch.zeros(0, dtype=torch.bool, device=e.device) for e in entropies]
+    everything = torch.cat(entropies).double()
     # torch.quantile refuses more than 2^24 values; interpolation between order statistics is the same definition.
     ordered = everything.sort().values
     place = (1 - share) * (len(ordered) - 1)

@@ -235,7 +235,7 @@ class Trainer:
 
     def _policy_iteration(self) -> dict[str, float]:
         """One rollout batch and its optimiser steps."""
-        config, algorithm, meter = self._config, self._config.algorithm, Meter()
+        config, algorithm, meter, before = self._config, self._config.algorithm, Meter(), self._state.step
         rows, measured = self._rollouts.next(self._state)
         batch = policy_batch(rows, mask_truncated=algorithm.mask_truncated_completions)
         with self._update_part("log_probs"):
@@ -251,7 +251,10 @@ class Trainer:
             measured |= self._policy_update(part, meter, rows)
         self._stopping.finish()
         measured |= self._finish_rollout(rows)
-        return measured | distributed.over_ranks(meter)
+        metrics = distributed.over_ranks(meter)
+        if "loss" in metrics:  # a sum over packs, of all updates together
+            metrics["loss"] /= self._state.step - before
+        return measured | metrics
 
     def _online_iteration(self) -> dict[str, float]:
         """One rollout batch and one step of preference tuning on the best and the worst of every group."""

@@ -178,18 +178,18 @@ def test_clip_metrics_count_only_tokens_that_lose_their_gradient() -> None:
 
 
 @pytest.mark.parametrize("loss_type", OBJECTIVES)
-@pytest.mark.parametrize("counts", [[4, 1, 7], [4, 0, 7], [0, 0]], ids=str)
+@pytest.mark.parametrize("counts", [[4, 1, 7], [4, 0, 7], [0, 0], []], ids=str)
 def test_token_weights_are_those_of_the_average(loss_type: str, counts: list[int]) -> None:
     rng = np.random.default_rng(3)
     losses = [rng.normal(size=n) for n in counts]
     weights = token_weights(loss_type, counts, max_completion_length=9)
     ours = sum(w * x.sum() for w, x in zip(weights, losses, strict=True))
     if loss_type in ("grpo", "sapo"):
-        expected = np.mean([x.mean() if len(x) else 0.0 for x in losses])
+        expected = np.mean([x.mean() if len(x) else 0.0 for x in losses] or [0.0])
     elif loss_type == "dr_grpo":
-        expected = np.mean([np.pad(x, (0, 9 - len(x))).mean() for x in losses])
+        expected = np.mean([np.pad(x, (0, 9 - len(x))).mean() for x in losses] or [0.0])
     else:
-        flat = np.concatenate(losses)
+        flat = np.concatenate([[], *losses])
         expected = flat.mean() if len(flat) else 0.0
     assert ours == pytest.approx(expected, abs=1e-15)
 
@@ -232,6 +232,8 @@ def test_top_entropy_masks_equal_the_quantile_of_the_batch(share: float) -> None
     threshold = np.quantile(np.concatenate([p.numpy() for p in parts]).astype(np.float64), 1 - share)
     for mask, part in zip(top_entropy_masks(parts, share), parts, strict=True):
         assert mask.tolist() == (part.numpy().astype(np.float64) >= threshold).tolist()
+    assert [mask.tolist() for mask in top_entropy_masks([torch.empty(0)] * 2, share)] == [[], []]
+    assert top_entropy_masks([], share) == [], "every group was left out"
 
 
 def test_a_users_loss_gets_its_gradient_from_autograd() -> None:
