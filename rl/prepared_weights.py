@@ -96,11 +96,11 @@ class KeptWeights:
 
 
 def _origin(block: Block, dtype: torch.dtype) -> _Key:
-    """What a prepared weight is made of, but for the adapters' values: type, weights, and where the adapters lie."""
+    """What a prepared weight is made of, but for the adapters' values: type, weights, biases, and where the adapters
+    lie."""
     parts: list[object] = [dtype]
     for one in block.projections:
-        weight = one.base.weight
-        parts.append(None if weight is None else (weight.data_ptr(), weight._version))
+        parts += [None if t is None else (t.data_ptr(), t._version) for t in (one.base.weight, one.bias)]
         if one.adapter is not None:
             parts += [one.adapter.a.data_ptr(), one.adapter.b.data_ptr(), one.adapter.scale]
     return tuple(parts)

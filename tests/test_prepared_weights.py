@@ -64,6 +64,10 @@ def move_base(lm: LanguageModel) -> None:
     lm.backbone.layers[1].mlp.down_proj.base_layer.weight.add_(0)
 
 
+def move_bias(lm: LanguageModel) -> None:
+    lm.backbone.layers[0].self_attn.v_proj.base_layer.bias.add_(0.5)
+
+
 def other_memory(lm: LanguageModel) -> None:
     for parameter in trainable(lm):
         parameter.data = parameter.data * 2
@@ -73,7 +77,7 @@ def rescale(lm: LanguageModel) -> None:
     lm.backbone.layers[0].self_attn.q_proj.scaling["default"] *= 3
 
 
-@pytest.mark.parametrize("change", [update, move_base, other_memory, rescale])
+@pytest.mark.parametrize("change", [update, move_base, move_bias, other_memory, rescale])
 def test_a_change_between_passes_is_taken(
     lm: LanguageModel, change: Callable[[LanguageModel], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
