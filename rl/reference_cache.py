@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -41,17 +42,29 @@ def cached_log_probs(
 
 
 def _key(lm: LanguageModel, sequences: list[Sequence]) -> str:
-    digest = hashlib.sha256(f"{lm.dtype} {lm.head}".encode())
-    for name, parameter in lm.model.named_parameters():
-        if not parameter.requires_grad:
-            flat = parameter.detach().reshape(-1)
-            picked = flat[:: max(len(flat) // _SAMPLES, 1)].cpu()
-            # As bytes, since numpy knows no bfloat16.
-            values = picked.contiguous().view(torch.uint8).numpy().tobytes()
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + values)
+    # How it is computed (rotations, windows) stands in the config, beside where it was loaded from and by what.
+    other = ("_name_or_path", "transformers_version")
+    config = {key: value for key, value in lm.causal_lm.config.to_dict().items() if key not in other}
+    digest = hashlib.sha256(f"{lm.dtype} {lm.head} {sorted(config.items())}".encode())
+    for name, tensor in _frozen(lm.model):
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(len(flat) // _SAMPLES, 1)].cpu()
+        # As bytes, since numpy knows no bfloat16.
+        values = picked.contiguous().view(torch.uint8).numpy().tobytes()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + values)
     for sequence in sequences:
         digest.update(f"{sequence.prompt_ids}{sequence.completion_ids}{sequence.mask}".encode())
     return digest.hexdigest()[:32]
+
+
+def _frozen(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """All that the reference policy is computed with, by name: layers on the weight store have no parameters."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            yield name, parameter
+    for name, module in model.named_modules():
+        for key, tensor in getattr(module, "stored_tensors", {}).items():
+            yield f"{name}.{key}", tensor
 
 
 def _write(path: Path, flat: torch.Tensor) -> None:

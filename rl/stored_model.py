@@ -203,6 +203,11 @@ class StoredLinear(torch.nn.Linear):
         stacked, _ = self._stored
         return stacked.tensors[stacked.format.main]
 
+    @property
+    def stored_tensors(self) -> Mapping[str, torch.Tensor]:
+        """All that is stored for the whole stack, by the format's names."""
+        return self._stored[0].tensors
+
     def write_weight(self, out: torch.Tensor) -> None:
         """Fill `out` `[out_features, in_features]`, whose rows may lie apart."""
         stacked, rows = self._stored
@@ -251,6 +256,11 @@ class HostEmbedding(torch.nn.Module):
     def weight(self) -> torch.Tensor:
         """`[V, d]` on the host."""
         return self._host[0]
+
+    @property
+    def stored_tensors(self) -> Mapping[str, torch.Tensor]:
+        """What is no parameter of this module."""
+        return {"weight": self.weight}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = F.embedding(input.cpu(), self.weight)

@@ -454,6 +454,15 @@ def test_other_weights_are_computed_anew(models: Models, cache: Path) -> None:
     assert len(files(cache)) == 2
 
 
+def test_other_rotations_are_computed_anew(models: Models, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights under another config are another model."""
+    compute = Counting(models, draw(6))
+    compute.cached()
+    monkeypatch.setattr(models.lm.causal_lm.config, "rope_parameters", {"rope_type": "default", "rope_theta": 77.0})
+    compute.cached()
+    assert compute.calls == 2
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "other tensor", "too few", "too many"])
 def test_a_damaged_file_is_computed_anew(models: Models, cache: Path, damage: str) -> None:
     from safetensors.torch import load_file, save_file

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("bitsandbytes")
 
+from tandem.kernels.linear_logprob import HeadOptions
 from tandem.rl import weight_formats
 from tandem.rl.errors import UserError
 from tandem.rl.families import describe
+from tandem.rl.model import LanguageModel, _register_packed_attention
+from tandem.rl.preference_step import reference_log_probs
+from tandem.rl.reference_cache import cached_log_probs
+from tandem.rl.samples import Sequence as Tokens
 from tandem.rl.store import Stacked, WeightStore
 from tandem.rl.stored_model import HostEmbedding, StoredLinear
 
@@ -645,3 +652,25 @@ def test_a_stored_layer_keeps_no_matrix_for_the_backward_pass(monkeypatch, tmp_p
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(torch.randn(3, 64, requires_grad=True)).sum()
     assert all(tensor.numel() < 320 * 64 for tensor in kept)
+
+
+@pytest.mark.parametrize("format", ["fp8", "nf4"])
+def test_reference_log_probs_of_another_checkpoint_are_not_taken(monkeypatch, tmp_path: Path, format: str) -> None:
+    """A merged adapter changes linear layers and nothing else."""
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
+    folder = make("llama", tmp_path / "model")
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] += 0.1 * torch.randn(64, 320, generator=torch.manual_seed(1))
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    _register_packed_attention()
+    sequences, found = [Tokens([1, 2], [3, 4, 5], [True] * 3)], {}
+    for path in (folder, other):
+        model = adapted(opened(path, tmp_path, format=format, embedding_on_host=True).causal_lm())
+        lm = LanguageModel(model, None, torch.device("cpu"), torch.float32, HeadOptions(), 64)
+        own = reference_log_probs(lm, sequences, lm.head, 64)
+        for _ in range(2):
+            found[path] = cached_log_probs(lm, sequences, lambda own=own: own)
+            assert torch.equal(found[path][0], own[0])
+    assert not torch.equal(found[folder][0], found[other][0])
+    assert len(list((tmp_path / "cache").rglob("reference/*.safetensors"))) == 2
