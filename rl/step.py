@@ -22,6 +22,10 @@ from tandem.rl.samples import Sequence
 
 Objective = Callable[[PolicyTokens, AlgorithmConfig], LossValue]
 
+# Entropies so near to each other, in nats, are equal up to float32's rounding: the first tokens of a group have one
+# distribution, and which pack they lie in must not choose among them.
+_SAME_ENTROPY = 1e-5
+
 
 @dataclass
 class PolicyBatch:
@@ -238,7 +242,7 @@ def top_entropy_masks(entropies: list[torch.Tensor], share: float) -> list[torch
     low = int(place)
     high = min(low + 1, len(ordered) - 1)
     threshold = ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-    return [e.double() >= threshold for e in entropies]
+    return [e.double() >= threshold - _SAME_ENTROPY for e in entropies]
 
 
 @contextmanager

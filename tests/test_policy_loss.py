@@ -232,6 +232,10 @@ def test_top_entropy_masks_equal_the_quantile_of_the_batch(share: float) -> None
     threshold = np.quantile(np.concatenate([p.numpy() for p in parts]).astype(np.float64), 1 - share)
     for mask, part in zip(top_entropy_masks(parts, share), parts, strict=True):
         assert mask.tolist() == (part.numpy().astype(np.float64) >= threshold).tolist()
+    same = [torch.tensor([0.9 + 2e-7 * i, 0.1 * i, 0.2]) for i in range(4)]
+    chosen = torch.stack(top_entropy_masks(same, share))
+    assert chosen[:, 0].all(), "rounding does not choose among equals"
+    assert chosen[:, 1:].all() == (share == 1.0)
     assert [mask.tolist() for mask in top_entropy_masks([torch.empty(0)] * 2, share)] == [[], []]
     assert top_entropy_masks([], share) == [], "every group was left out"
 
