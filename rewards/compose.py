@@ -109,6 +109,7 @@ def score(
                 total,
                 errors={call.reward.name: call.errors[i].short() for call in calls if i in call.errors},
                 skipped=row.group in skipped,
+                missing=totals[i] is None,
             )
             for i, (row, total) in enumerate(zip(rows, _filled(rows, totals), strict=True))
         ],

@@ -10,6 +10,7 @@ import torch
 from tandem.rl.advantages import advantages, uniform_groups
 from tandem.rl.config import AlgorithmConfig, Config
 from tandem.rl.distributed import interleave
+from tandem.rl.metrics import applicable_total
 from tandem.rl.preference_step import Answers
 from tandem.rl.samples import Scored, Sequence
 from tandem.rl.step import PolicyBatch
@@ -36,7 +37,7 @@ def with_advantages(rows: list[Scored], config: Config, penalties: list[float] |
     kept = [row for row in rows if not row.skipped]
     if not kept:
         return rows
-    rewards = np.array([_total(row, config) for row in kept], dtype=np.float64)
+    rewards = np.array([applicable_total(row) for row in kept], dtype=np.float64)
     if penalties is not None:
         rewards -= np.array([penalty for penalty, row in zip(penalties, rows, strict=True) if not row.skipped])
     if config.algorithm.advantage_level == "turn":
@@ -53,14 +54,6 @@ def with_advantages(rows: list[Scored], config: Config, penalties: list[float] |
     for row, advantage in zip(kept, result.reshape(-1), strict=True):
         row.advantage = float(advantage)
     return rows
-
-
-def _total(row: Scored, config: Config) -> float:
-    """The weighted total; nan where no reward applies to the row, and its `reward` is only made up from its group's."""
-    specs = config.rewards.reward_funcs
-    counted = {spec.label for spec in specs if spec.weight} or {spec.label for spec in specs}
-    values = [value for name, value in row.rewards.items() if name in counted]
-    return math.nan if values and all(value is None for value in values) else row.reward
 
 
 def _fill_in_by_turn(rows: list[Scored], totals: np.ndarray, config: Config) -> None:
@@ -97,7 +90,7 @@ def learned_from(rows: list[Scored], config: Config) -> list[int]:
     """Rows whose group takes part in the batch: not where a reward failed that leaves its group out, nor, where the
     config says so, where no rewards differ."""
     size = config.rollout.num_generations
-    uniform = uniform_groups(np.array([_total(row, config) for row in rows]).reshape(-1, size))
+    uniform = uniform_groups(np.array([applicable_total(row) for row in rows]).reshape(-1, size))
     if config.algorithm.advantage_level == "turn":  # equal in the whole, and yet different on the way
         differs = [len(row.turn_advantages) > 1 and any(row.turn_advantages) for row in rows]
         uniform &= ~np.array(differs).reshape(-1, size).any(axis=1)

@@ -199,8 +199,9 @@ def reward_names(rows: Iterable[Scored]) -> list[str]:
 
 def applicable_total(row: Scored) -> float:
     """The total of a row; nan where no reward applies to it, or its group is skipped."""
-    applicable = not row.skipped and (not row.rewards or any(value is not None for value in row.rewards.values()))
-    return row.reward if applicable else math.nan
+    # Rollouts from before `missing` was recorded say so by their values alone.
+    missing = row.missing or (row.rewards and all(value is None for value in row.rewards.values()))
+    return math.nan if row.skipped or missing else row.reward
 
 
 def _or_nan(value: float | None) -> float:

@@ -149,6 +149,7 @@ class Scored:
         watched: values of the functions that are only watched, as `rewards`; they are no part of the total.
         errors: rewards that failed on this row, and how, in a line.
         skipped: a reward failed somewhere in its group, which is therefore not learned from.
+        missing: no reward that counts applies to it, and `reward` is the mean of its group's.
     """
 
     prompt: Prompt
@@ -161,6 +162,7 @@ class Scored:
     watched: dict[str, float | None] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     skipped: bool = False
+    missing: bool = False
     turn_advantages: list[float] = field(default_factory=list)
 
 

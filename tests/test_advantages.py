@@ -12,6 +12,7 @@ from tandem.rewards.compose import score
 from tandem.rl.advantages import STD_EPSILON, advantages, uniform_groups
 from tandem.rl.config import AlgorithmConfig, Config
 from tandem.rl.experience import best_and_worst, learned_from, with_advantages
+from tandem.rl.metrics import rollout_metrics
 from tandem.rl.samples import Completion, Group, Prompt, Scored
 
 
@@ -144,6 +145,8 @@ def test_a_completion_without_a_reward_makes_no_difference_in_its_group() -> Non
     assert [row.reward for row in rows[4:8]] == [0.1] * 4
     assert learned_from(rows, config(drop_uniform_groups=True)) == [0, 1, 2, 3, 16, 17, 18, 19]
     assert len(best_and_worst(rows, 4).sequences) == 4
+    known = [value for group in GIVEN for value in group if value is not None]
+    assert rollout_metrics(rows)["reward"] == pytest.approx(np.mean(known))
 
 
 @pytest.mark.parametrize("options", ESTIMATORS, ids=str)
