@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 from tandem.rewards.compose import Scores
 from tandem.rewards.overlap import CallsAhead
@@ -150,7 +151,7 @@ class RolloutSource:
         self, prompts: list[Prompt], state: State, position: int, logged: Meter, times: Meter, *, first: bool
     ) -> list[Scored]:
         """Completions of the prompts with their rewards; `position` is the prompts' place in the stream."""
-        config = self._config
+        config, prompts = self._config, _numbered(prompts)
         sampling = training_sampling(config, self._stop_token_ids, config.seed * 1_000_003 + position)
         left = self._left_unscored(prompts, position, state.step)
         with self._judge.ahead(state.step) as ahead:
@@ -235,3 +236,13 @@ class RolloutSource:
     def _keep_place(self, state: State) -> None:
         if self._journal is not None:
             state.journal_rollouts, state.journal_bytes = self._journal.mark.rollouts, self._journal.mark.size
+
+
+def _numbered(prompts: list[Prompt]) -> list[Prompt]:
+    """With how often each row stands before in the list: an epoch that ends, or has fewer rows, brings some again."""
+    seen: Counter[int] = Counter()
+    found = []
+    for prompt in prompts:
+        found.append(replace(prompt, draw=seen[prompt.index]) if seen[prompt.index] else prompt)
+        seen[prompt.index] += 1
+    return found

@@ -22,6 +22,7 @@ class Prompt:
         prompt: the row's `prompt` as the user wrote it, a string or a list of messages; rewards receive it.
         columns: the row's other columns; rewards receive them by name.
         limit: most tokens of its completions, where that is fewer than `Sampling.max_completion_length`.
+        draw: how often the batch holds the row before: seeds the streams too, so that none is sampled twice.
     """
 
     index: int
@@ -29,6 +30,7 @@ class Prompt:
     prompt: str | Messages
     columns: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
+    draw: int = 0
 
     @property
     def conversational(self) -> bool:
@@ -48,7 +50,8 @@ class Sampling:
         stop_token_ids: ids that end a completion; the stop token belongs to the completion.
         stop: texts that end a completion where they appear in it, special tokens left out; the token that completes
             such a text is the completion's last one, whatever else it holds.
-        seed: with the prompt's index and the number of the completion it seeds that completion's own random stream.
+        seed: with the prompt's index and draw and the number of the completion it seeds that completion's own random
+            stream.
     """
 
     num_generations: int = 1

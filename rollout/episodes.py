@@ -18,7 +18,7 @@ from tandem.rollout.chat_turns import ChatTurns
 from tandem.rollout.engine import OnGroup, Progress, RolloutEngine
 from tandem.rollout.environments import Answer, EnvironmentFault, Environments, Session
 from tandem.rollout.finished_groups import FinishedGroups
-from tandem.rollout.random_streams import mixed
+from tandem.rollout.random_streams import mixed, stream_of
 from tandem.rollout.tool_calls import ParsedTurn
 from tandem.rollout.workers import Job, Workers
 
@@ -211,7 +211,7 @@ class EpisodeEngine:
         """The next turn of each episode, in one batch."""
         prompts = [
             Prompt(
-                index=_stream(play.prompt.index, play.sample, play.episode.turns),
+                index=_stream(play.prompt, play.sample, play.episode.turns),
                 ids=play.prompt_ids + play.ids,
                 prompt=play.opening,
                 limit=self._room(play, sampling),
@@ -301,9 +301,9 @@ class EpisodeEngine:
         return "generate"
 
 
-def _stream(index: int, sample: int, turn: int) -> int:
+def _stream(prompt: Prompt, sample: int, turn: int) -> int:
     """The number that seeds a turn's random stream: one per row, completion and turn."""
-    return mixed(index, sample, turn) >> 2
+    return mixed(stream_of(prompt), sample, turn) >> 2
 
 
 def _group(prompt: Prompt, plays: list[_Play]) -> Group:

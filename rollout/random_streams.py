@@ -6,6 +6,8 @@ import hashlib
 
 import torch
 
+from tandem.rl.samples import Prompt
+
 
 def mixed(*numbers: int) -> int:
     """64 bits that depend on all of the integers."""
@@ -13,7 +15,12 @@ def mixed(*numbers: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def uniform_stream(seed: int, prompt_index: int, sample: int, length: int) -> torch.Tensor:
+def stream_of(prompt: Prompt) -> int:
+    """The number by which a prompt's streams differ from those of others and of the same row in the same batch."""
+    return mixed(prompt.index, prompt.draw) >> 2 if prompt.draw else prompt.index
+
+
+def uniform_stream(seed: int, stream: int, sample: int, length: int) -> torch.Tensor:
     """`[length]` float64 numbers in [0, 1) that depend on the three integers alone."""
-    generator = torch.Generator().manual_seed(mixed(seed, prompt_index, sample) >> 1)
+    generator = torch.Generator().manual_seed(mixed(seed, stream, sample) >> 1)
     return torch.rand(length, generator=generator, dtype=torch.float64)

@@ -17,7 +17,7 @@ from tandem.rl.model import LanguageModel
 from tandem.rl.samples import Completion, Group, Prompt, Sampling
 from tandem.rollout.engine import OnGroup, Progress
 from tandem.rollout.finished_groups import FinishedGroups
-from tandem.rollout.random_streams import uniform_stream
+from tandem.rollout.random_streams import stream_of, uniform_stream
 from tandem.rollout.stop_strings import StopStrings
 
 # Rows leave the batch when this share of it is done: every removal copies the cache once.
@@ -111,7 +111,7 @@ class TransformersEngine:
 
     def _request(self, prompt: Prompt, sample: int, sampling: Sampling) -> _Request:
         # Always of the full length, so that the prompt's own limit cuts a completion and changes nothing before.
-        uniforms = uniform_stream(sampling.seed, prompt.index, sample, sampling.max_completion_length)
+        uniforms = uniform_stream(sampling.seed, stream_of(prompt), sample, sampling.max_completion_length)
         watch = StopStrings(self._text, prompt.ids, sampling.stop) if sampling.stop else None
         return _Request(prompt, sample, uniforms, sampling.longest(prompt), watch)
 

@@ -28,7 +28,7 @@ from tandem.rl.samples import Completion, Group, Prompt, Sampling
 from tandem.rollout.engine import OnGroup, Progress
 from tandem.rollout.policy_adapter import POLICY_ID, InPlacePush, PolicyNames, buffer_rank, policy_parts
 from tandem.rollout.process_state import on_stream, preserved
-from tandem.rollout.random_streams import mixed
+from tandem.rollout.random_streams import mixed, stream_of
 from tandem.rollout.vllm_plan import VllmOptions, config_folder, kv_cache_bytes
 from tandem.rollout.vllm_steps import generate_stepwise
 from tandem.rollout.vllm_versions import LORA_RANKS
@@ -154,7 +154,7 @@ class VllmEngine:
         with preserved(quiet="vllm"), on_stream(self._stream):
             if not self._seed_per_completion:
                 # `preserved` puts the random state back, so without this every call would draw the same numbers.
-                torch.manual_seed(request_seed(sampling.seed, prompts[0].index))
+                torch.manual_seed(request_seed(sampling.seed, prompts[0]))
             if on_group is None:
                 bar = ProgressBar.reporting(progress, sampling.num_generations, len(prompts)) if progress else False
                 outputs = self._llm.generate(ids, params, use_tqdm=bar, lora_request=request)
@@ -166,7 +166,7 @@ class VllmEngine:
         greedy = sampling.temperature == 0
         return self._api.SamplingParams(
             n=1 if greedy else sampling.num_generations,
-            seed=request_seed(sampling.seed, prompt.index) if self._seed_per_completion else None,
+            seed=request_seed(sampling.seed, prompt) if self._seed_per_completion else None,
             temperature=sampling.temperature,
             top_p=1.0 if greedy else sampling.top_p,
             top_k=0 if greedy else sampling.top_k,
@@ -341,9 +341,9 @@ def engine_arguments(
     }
 
 
-def request_seed(seed: int, prompt_index: int) -> int:
+def request_seed(seed: int, prompt: Prompt) -> int:
     """vLLM gives sample k of a group this plus k."""
-    return mixed(seed, prompt_index) >> 2
+    return mixed(seed, stream_of(prompt)) >> 2
 
 
 def check_lengths(prompts: list[Prompt], sampling: Sampling, max_model_len: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -112,6 +113,18 @@ def test_seeds_and_numbers_change_the_samples(lm):
     assert first[0].ids != first[1].ids
     assert not torch.equal(uniform_stream(0, 1, 2, 8), uniform_stream(0, 2, 1, 8))
     assert torch.equal(uniform_stream(3, 1, 2, 8), uniform_stream(3, 1, 2, 8))
+
+
+def test_a_row_that_comes_again_in_a_batch_is_sampled_anew(lm):
+    again = [PROMPTS[0], replace(PROMPTS[0], draw=1), PROMPTS[1], replace(PROMPTS[0], draw=2)]
+
+    def ids_of(prompts: list[Prompt]) -> list[list[list[int]]]:
+        return [[c.ids for c in g.completions] for g in generate(lm, prompts, stop_token_ids=())]
+
+    groups = ids_of(again)
+    assert [groups[0], groups[2]] == ids_of(PROMPTS[:2])
+    ids = [tuple(one) for i in (0, 1, 3) for one in groups[i]]
+    assert len(set(ids)) == len(ids)
 
 
 def test_a_group_is_prefilled_once(lm):

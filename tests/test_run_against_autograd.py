@@ -187,6 +187,14 @@ def test_a_run_is_that_of_a_plain_loop(case: str, tmp_path: Path, monkeypatch: p
         torch.testing.assert_close(found[name].double(), tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_a_row_that_a_rollout_holds_twice_is_sampled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, folder = run(tmp_path, monkeypatch, {"data": {"max_examples": 2}})
+    for rows in rollouts(folder):
+        groups = [rows[i : i + GROUP] for i in range(0, len(rows), GROUP)]
+        assert len({group[0]["prompt"] for group in groups}) == 2
+        assert len({json.dumps([row["completion_ids"] for row in group]) for group in groups}) == 4
+
+
 def test_a_run_in_which_no_rewards_differ_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "same.py").write_text("def same(completions):\n    return [1.0] * len(completions)\n")
     sections = {

@@ -3,7 +3,7 @@ prompts cached by the adapter's name. The engine and the parity check have to no
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -282,6 +282,7 @@ def test_a_completion_depends_on_its_prompt_its_number_and_the_seed(engine):
     whole = ids(PROMPTS, seed=1)
     assert ids(PROMPTS[2:], seed=1) == {k: whole[k] for k in (2, 3)}
     assert ids(PROMPTS, seed=2) != whole
+    assert ids([replace(PROMPTS[2], draw=1)], seed=1) != {2: whole[2]}
     seeds = [p.seed + k for _, params in engine.api.requests[:1] for p in params for k in range(p.n)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 1 << 63 for seed in seeds)
