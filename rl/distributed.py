@@ -114,10 +114,11 @@ def merge(values: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def sum_gradients(parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
-    """Add up the ranks' gradients, in one message."""
-    if world_size() == 1:
-        return
+    """Add up the ranks' gradients, in one message. Where no rank has any there is none: gradients of zero would let the
+    optimiser's momentum and weight decay move what one process leaves as it is."""
     tensors = [p for _, p in parameters]
+    if world_size() == 1 or not any_rank(any(p.grad is not None for p in tensors)):
+        return
     for p in tensors:
         if p.grad is None:  # a rank without a pack has nothing to add
             p.grad = torch.zeros_like(p)

@@ -65,6 +65,13 @@ RUNS = {
         "data": {"dataset_name": "rows.jsonl", "curriculum": {"enabled": True, "retry_probability": 0.5}},
         "train": {"generation_batch_size": 12, "max_steps": 4},
     },
+    # Of some batches nothing is left to learn from: neither momentum nor decay may move the weights then.
+    "left_out": {
+        "algorithm": {"drop_uniform_groups": True, "loss_type": "dr_grpo"},
+        "rewards": {"reward_funcs": ["reward.py:rare"]},
+        "train": {"generation_batch_size": 12, "steps_per_generation": 3, "max_steps": 6},
+        "optim": {"learning_rate": 0.01, "weight_decay": 0.5},
+    },
     "online_dpo": {
         "algorithm": {"name": "online_dpo"},
         "train": {"generation_batch_size": 12, "max_steps": STEPS},
