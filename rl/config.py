@@ -117,6 +117,11 @@ class Config(Section):
             raise ValueError(
                 "preference.loss_type is 'kto', but online_dpo makes pairs: use sigmoid or another loss on pairs"
             )
+        if self.algorithm.name == "dpo" and self.algorithm.beta:
+            raise ValueError(
+                f"algorithm.beta is {self.algorithm.beta:g}, which dpo does not use (it weighs GRPO's KL term): set "
+                "preference.beta, and leave algorithm.beta out"
+            )
         if self.warmup.max_steps and self.warmup.dataset_name is None:
             raise ValueError(
                 f"warmup.max_steps is {self.warmup.max_steps} but warmup.dataset_name is missing: "
@@ -132,9 +137,10 @@ class Config(Section):
                 "so at least 2 are needed"
             )
         if batch % group:
+            below, above = batch // group * group, (batch // group + 1) * group
             raise ValueError(
                 f"train.generation_batch_size is {batch}, which is no multiple of rollout.num_generations ({group}): "
-                f"groups must be whole, so use {max(batch // group, 1) * group} or {(batch // group + 1) * group}"
+                f"groups must be whole, so use {f'{below} or ' if below else ''}{above}"
             )
         size, default = self.train.per_device_train_batch_size, TrainConfig().per_device_train_batch_size
         if size != default:

@@ -14,6 +14,7 @@ from tandem.rl.config import Config
 from tandem.rl.errors import UserError
 from tandem.rl.journal import write_whole
 from tandem.rl.secrets_check import refuse_secrets
+from tandem.rl.sections import PreferenceConfig
 from tandem.rl.trl_keys import INSTEAD
 
 _FUNCTION_LISTS = ("reward_funcs", "watch_funcs")
@@ -36,8 +37,9 @@ _OTHER_KEY = {
     "gspo": "algorithm.importance_sampling_level: sequence",
     "rloo": "algorithm.advantage_estimator: rloo",
     "reinforce_plus_plus": "algorithm.advantage_estimator: reinforce_plus_plus",
-    "kto": "algorithm.name: dpo with preference.loss_type: kto",
-    "orpo": "algorithm.name: dpo with preference.loss_type: orpo",
+} | {
+    name: f"algorithm.name: dpo with preference.loss_type: {name}"
+    for name in get_args(PreferenceConfig.model_fields["loss_type"].annotation)
 }
 
 
@@ -104,7 +106,11 @@ def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        problems = [_explain(e) for e in error.errors()]
+        algorithm = raw.get("algorithm")
+        name = algorithm.get("name") if isinstance(algorithm, dict) else None
+        # Where a key stands in several sections, the one that this algorithm reads.
+        reads = "preference" if name in ("dpo", "online_dpo") else ""
+        problems = [_explain(e, reads) for e in error.errors()]
         raise UserError(f"{source}: " + "\n".join(problems)) from None
 
 
@@ -165,8 +171,12 @@ def _existing(file: str, folder: Path) -> Path | None:
         return None  # too long for a file name, an unknown user after ~, a null character: a name of something else
 
 
-def _explain(error: Any) -> str:
-    """One line for one of pydantic's errors: where, what was given, what is right."""
+def _explain(error: Any, reads: str) -> str:
+    """One line for one of pydantic's errors: where, what was given, what is right.
+
+    Args:
+        reads: section whose keys are meant before those of the same name in others, where the key's own has none.
+    """
     where = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
         name = str(error["loc"][-1])
@@ -178,7 +188,8 @@ def _explain(error: Any) -> str:
         # The exact name of another section's key says more than a similar name in this section.
         near = [name] if name in elsewhere else difflib.get_close_matches(name, own, n=1, cutoff=0.6)
         near = near or difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.7)
-        hint = f"; did you mean {full_name(near[0], section)!r}?" if near else f"; keys here are {', '.join(own)}"
+        meant = section if near and near[0] in own else reads
+        hint = f"; did you mean {full_name(near[0], meant)!r}?" if near else f"; keys here are {', '.join(own)}"
         return f"unknown key {where!r}{hint}"
     if error["type"] == "missing":
         return f"{where} is missing"

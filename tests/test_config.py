@@ -166,6 +166,14 @@ def test_key_in_the_wrong_section_is_told_its_own(given_at: dict[str, Any], righ
     assert f"did you mean '{right}'?" in problem(**given_at)
 
 
+@pytest.mark.parametrize("key", ["beta", "loss_type"])
+def test_key_of_two_sections_is_told_the_one_that_the_algorithm_reads(key: str) -> None:
+    for wrong in ({key: 0.2}, {"train": {key: 0.2}}):
+        assert f"did you mean 'algorithm.{key}'?" in problem(**wrong)
+        assert f"did you mean 'preference.{key}'?" in problem(algorithm={"name": "dpo"}, **wrong)
+    assert "did you mean 'algorithm.beta'?" in problem(algorithm={"name": "dpo", "btea": 0.2})
+
+
 @pytest.mark.parametrize("key", ["qqqqzzzz", "rank"])
 def test_key_that_resembles_nothing_gets_the_list_of_keys(key: str) -> None:
     text = problem(checkpoint={key: 1})
@@ -196,7 +204,7 @@ def test_all_keys_lists_every_field_once() -> None:
         ({"rewards": {"reward_funcs": []}}, ["rewards.reward_funcs is empty"]),
         ({"rollout": {"num_generations": 1}}, ["rollout.num_generations is 1", "at least 2"]),
         ({"train": {"generation_batch_size": 20}}, ["is 20", "num_generations (8)", "use 16 or 24"]),
-        ({"train": {"generation_batch_size": 3}}, ["is 3", "use 8 or 8"]),
+        ({"train": {"generation_batch_size": 3}}, ["is 3", "so use 8"]),
         ({"train": {"steps_per_generation": 3}}, ["steps_per_generation is 3", "64 completions", "divisor of 8"]),
         ({"rewards": {"reward_funcs": ["m:f", "FILE.py:f"]}}, ["two reward functions are named 'f'"]),
         ({"rewards": {"reward_funcs": ["a", "b"], "reward_weights": [1]}}, ["1 values for 2 reward_funcs"]),
@@ -215,6 +223,8 @@ def test_all_keys_lists_every_field_once() -> None:
         ({"rollout": {"top_p": 1.5}}, ["rollout.top_p", "given: 1.5"]),
         ({"train": {"max_steps": 2.5}}, ["train.max_steps", "given: 2.5"]),
         ({"algorithm": {"name": "ppo"}}, ["algorithm.name", "'grpo'", "'ppo'"]),
+        ({"algorithm": {"loss_type": "ipo"}}, ["'ipo'", "algorithm.name: dpo with preference.loss_type: ipo"]),
+        ({"algorithm": {"name": "dpo", "beta": 0.2}}, ["algorithm.beta is 0.2", "preference.beta"]),
         ({"model": "some/model"}, ["model", "'some/model'"]),
         ({"model": {"load_in_4bit": True, "load_in_8bit": True}}, ["load_in_4bit and model.load_in_8bit are both on"]),
         ({"log": {"report_to": ["wandb", "tensorboard"]}}, ["log.report_to.1", "'tensorboard'"]),

@@ -147,7 +147,7 @@ EPISODES += ["rewards.reward_funcs=[environment, game.py:seen]", "warmup.max_ste
 SUPERVISED = ["eval.dataset_name=null", "warmup.max_steps=0", "train.per_device_train_batch_size=3"]
 KINDS = {
     "online_dpo": ["algorithm.name=online_dpo", "train.steps_per_generation=1", "parity.action='off'"],
-    "dpo": ["algorithm.name=dpo", "data.dataset_name=pairs.jsonl", *SUPERVISED],
+    "dpo": ["algorithm.name=dpo", "algorithm.beta=0", "data.dataset_name=pairs.jsonl", *SUPERVISED],
     "sft": ["algorithm.name=sft", "data.dataset_name=examples.jsonl", *SUPERVISED],
     "episodes": EPISODES,
     "no journal": ["checkpoint.journal=false"],

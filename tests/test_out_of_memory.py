@@ -145,7 +145,12 @@ def test_every_pass_of_a_run_is_guarded(place: Place) -> None:
 
 PHASES = {
     "sft": ("algorithm.name=sft", "data.dataset_name=examples.jsonl", "train.per_device_train_batch_size=8"),
-    "dpo": ("algorithm.name=dpo", "data.dataset_name=pairs.jsonl", "train.per_device_train_batch_size=4"),
+    "dpo": (
+        "algorithm.name=dpo",
+        "algorithm.beta=0",
+        "data.dataset_name=pairs.jsonl",
+        "train.per_device_train_batch_size=4",
+    ),
 }
 
 
