@@ -200,7 +200,7 @@ def load_reward(
     if scope is None:
         scope = "group" if isinstance(function, str) and function in GROUP_SCOPE else "batch"
     reward = Reward(name, found, float(weight), dict(kwargs or {}), scope)
-    _check_kwargs(reward)
+    _check_kwargs(reward, built_in=isinstance(function, str) and function in BUILT_IN)
     if made:
         return Reward(reward.name, _made(reward), reward.weight, scope=scope)
     if scope == "group" and reward.combines:
@@ -375,8 +375,9 @@ def _check_callable(found: Any, label: str) -> None:
         )
 
 
-def _check_kwargs(reward: Reward) -> None:
-    taken = reward.parameters()
+def _check_kwargs(reward: Reward, *, built_in: bool) -> None:
+    # The built-in rewards take any column, so that every data set suits them, but no option that they do not name.
+    taken = reward.named() if built_in else reward.parameters()
     for key in reward.kwargs:
         if key in RESERVED:
             raise UserError(

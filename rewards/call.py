@@ -33,6 +33,32 @@ class WrongArguments(UserError):
     """A function needs what no batch of this run has."""
 
 
+def given_columns(names: Iterable[str]) -> list[str]:
+    """Those of a data set's columns that reach rewards, each once, in order."""
+    return [name for name in dict.fromkeys(names) if name not in (*RESERVED, "prompt", "completion")]
+
+
+def check_required(reward: Reward, columns: Iterable[str], data: str = "the data set") -> None:
+    """Whether a reward can be called on data with these columns (of `given_columns`), which `data` names in errors.
+
+    Raises:
+        WrongArguments: it needs an argument that is neither a column nor in its kwargs.
+    """
+    columns = list(columns)
+    known = {*columns, *reward.kwargs, *RESERVED, *ON_REQUEST}
+    missing = next((name for name in reward.required() if name not in known), None)
+    if missing is None:
+        return
+    fix = f"rename a column, or give {missing!r} in the reward's kwargs"
+    if missing in ("prompt", "completion"):
+        fix = f"write {missing}s: a reward gets a list with an entry per completion, and returns such a list"
+    raise WrongArguments(
+        f"reward {reward.name!r} needs an argument {missing!r}, and there is no such column{nearest(missing, columns)}",
+        reason=f"{data}'s columns are {', '.join(columns)}" if columns else f"{data} has no further columns",
+        fix=fix,
+    )
+
+
 @dataclass(frozen=True)
 class TrainerState:
     """How far the run is, for rewards that change with it. Both count optimiser steps."""
@@ -183,7 +209,7 @@ class Call:
         }
         # A column of such a name is the function's own business.
         arguments |= {name: on_request[name]() for name in ON_REQUEST if name in asked and name not in arguments}
-        self._check_required(arguments)
+        check_required(self.reward, self.columns())
         return arguments
 
     def _notice_changed_arguments(self) -> None:
@@ -212,23 +238,7 @@ class Call:
 
     def columns(self) -> list[str]:
         """Names of the data set's columns that reach rewards, in order of appearance."""
-        names = dict.fromkeys(name for row in self.rows for name in row.prompt.columns)
-        return [name for name in names if name not in (*RESERVED, "prompt", "completion")]
-
-    def _check_required(self, arguments: dict[str, Any]) -> None:
-        missing = [name for name in self.reward.required() if name not in arguments]
-        if not missing:
-            return
-        columns = self.columns()
-        fix = f"rename a column, or give {missing[0]!r} in the reward's kwargs"
-        raise WrongArguments(
-            f"reward {self.reward.name!r} needs an argument {missing[0]!r}, and there is no such column"
-            f"{nearest(missing[0], columns)}",
-            reason=f"the data set's columns are {', '.join(columns)}"
-            if columns
-            else "the data set has no further columns",
-            fix=fix,
-        )
+        return given_columns(name for row in self.rows for name in row.prompt.columns)
 
     def _log_extra(self, column: str, values: Iterable[Any]) -> None:
         listed = list(values)
@@ -262,11 +272,18 @@ class Call:
                 fix="make it faster, give its own requests a time limit, or raise rewards.timeout",
             )
         place = locate(error, self.reward.file)
+        fix = "correct the function; return None for a row that it cannot judge"
+        if isinstance(error, (AttributeError, TypeError)) and "'list'" in str(error) and self._has_messages():
+            fix += (
+                "; prompts are conversations here, so that a completion is a list of messages: "
+                'its text is completion[0]["content"]'
+            )
         return UserError(
-            f"reward {name!r} raised {type(error).__name__}: {error}",
-            reason=f"at {place}" if place else "",
-            fix="correct the function; return None for a row that it cannot judge",
+            f"reward {name!r} raised {type(error).__name__}: {error}", reason=f"at {place}" if place else "", fix=fix
         )
+
+    def _has_messages(self) -> bool:
+        return "completions" in self.reward.named() and any(isinstance(_completion(row), list) for row in self.rows)
 
     def _checked(self, result: Any) -> list[float | None]:
         name, expected = self.reward.name, len(self.rows)

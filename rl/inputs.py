@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.rewards.base import load_function, load_reward
+from tandem.rewards.call import check_required, given_columns
 from tandem.rl.adapter_files import check_adapter_files
 from tandem.rl.chat import completion_text, encode, render, with_system_prompt
 from tandem.rl.columns import Kind, check_columns
@@ -84,6 +85,9 @@ def prepare(config: Config, console: Console) -> Inputs:
         data.answers = _answers(train_rows, tokenizer, config)
         data.eval_answers = None if eval_rows is None else _answers(eval_rows, tokenizer, config)
     check_context(config, data, console)
+    for prompts, what in ((data.prompts, "the data set"), (data.eval_prompts, "the evaluation data set")):
+        for reward in rewards if prompts else []:
+            check_required(reward, given_columns(prompts[0].columns), what)
     section = config.rewards
     judge = Judge(
         rewards,

@@ -648,6 +648,18 @@ def test_dry_run_shows_the_plan(place: Path) -> None:
     assert not (place / "unused").exists()
 
 
+def test_dry_run_looks_for_the_columns_that_rewards_need(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "gold.py").write_text("def right(completions, gold):\n    return [1.0 for _ in completions]\n")
+    write_lines(tmp_path / "gold.jsonl", [{"prompt": f"w{i}", "gold": "w1"} for i in range(8)])
+    needs_gold = f"rewards.reward_funcs=[{tmp_path / 'gold.py'}:right]"
+    done = here("run", place / "grpo.yaml", "--dry-run", needs_gold)
+    assert_one_message(done, "'right' needs an argument 'gold'", "the data set has no further columns")
+    learned = f"data.dataset_name={tmp_path / 'gold.jsonl'}"
+    done = here("run", place / "grpo.yaml", "--dry-run", needs_gold, learned)
+    assert_one_message(done, "'right' needs an argument 'gold'", "the evaluation data set has no further columns")
+    assert here("run", place / "grpo.yaml", "--dry-run", needs_gold, learned, "eval.dataset_name=null").code == 0
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 

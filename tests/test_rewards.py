@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -179,6 +180,8 @@ def test_kwargs_and_weights_are_checked_when_loading() -> None:
     assert [s.reward for s in run(f, bonus=2.5).rows] == [2.5] * 5
     assert "did you mean 'bonus'" in load_fault(f, kwargs={"bonsu": 1})
     assert "'completions'" in load_fault(f, kwargs={"completions": []})
+    assert "did you mean 'boxed_only'" in load_fault("math_answer", kwargs={"boxed": True})
+    assert load_reward("math_answer", kwargs={"boxed_only": True, "answer": ["4"]}).kwargs["boxed_only"]
     assert "weight" in load_fault(f, weight=math.nan)
     assert "weight" in load_fault(f, weight="1")
 
@@ -258,6 +261,35 @@ def test_only_accepted_arguments_are_passed_and_a_missing_one_is_named() -> None
     assert "needs an argument 'anwser'" in message
     assert "did you mean 'answer'" in message
     assert "verl" in fault(compute_score)
+
+
+def test_a_function_for_one_completion_is_told_that_it_gets_a_list() -> None:
+    def single(completion, answer):
+        return float(completion == answer)
+
+    def single_prompt(prompt, completions):
+        return [0.0 for _ in completions]
+
+    assert "write completions: a reward gets a list" in fault(single)
+    assert "write prompts: a reward gets a list" in fault(single_prompt)
+
+
+def test_a_function_that_takes_messages_for_texts_is_told_where_the_text_is() -> None:
+    def words(completions):
+        return [float(len(c.split())) for c in completions]
+
+    def matches(completions, **columns):
+        return [float(bool(re.match("a", c))) for c in completions]
+
+    chat = [group("hello", prompt=[{"role": "user", "content": "2+2="}])]
+    for f in (words, matches):
+        with pytest.raises(UserError, match=r"its text is completion\[0\]"):
+            run(f, chat)
+
+    def broken(completions):
+        return [[].split() for _ in completions]
+
+    assert "completion[0]" not in fault(broken), "plain completions are texts"
 
 
 def test_a_reward_cannot_change_what_the_next_one_sees() -> None:
