@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from tandem.rewards.base import Reward
 from tandem.rewards.call import Call, Row, TrainerState, WrongArguments
+from tandem.rewards.environment import environment, why_none
 from tandem.rewards.faults import OnError, blame
 from tandem.rewards.overlap import CallsAhead, group_rows
 from tandem.rewards.print_limit import limited_prints
@@ -223,10 +224,12 @@ def _totals(
 
 def _no_reward(index: int, row: Row, calls: list[Call]) -> UserError:
     names = ", ".join(repr(call.reward.name) for call in calls)
+    reason = "a completion without a reward has no advantage"
+    fix = "make one reward answer with a number, or leave such rows out of the data set"
+    if (episode := row.completion.episode) is not None and any(call.reward.function is environment for call in calls):
+        reason, fix = why_none(episode)
     return UserError(
-        f"no reward applies to row {index}: {names} returned None\n{row.describe()}",
-        reason="a completion without a reward has no advantage",
-        fix="make one reward answer with a number, or leave such rows out of the data set",
+        f"no reward applies to row {index}: {names} returned None\n{row.describe()}", reason=reason, fix=fix
     )
 
 

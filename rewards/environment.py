@@ -26,3 +26,18 @@ def environment(episodes: Sequence[Episode | None]) -> list[float | None]:
             fix="set environment.factory, or leave this reward out here",
         )
     return [episode.reward for episode in episodes if episode is not None]
+
+
+def why_none(episode: Episode) -> tuple[str, str]:
+    """Why an episode has no reward, and what to change."""
+    if episode.ending == "time":
+        return (
+            "its episode took longer than environment.step_timeout or environment.episode_timeout allows",
+            "make the environment faster, or raise the limit",
+        )
+    if episode.ending == "error":
+        return "its environment raised, which ends an episode without its reward", "correct the environment"
+    return (
+        "its environment gave no reward",
+        "return (observation, done, reward) from step, or a number from get_reward()",
+    )

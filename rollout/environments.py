@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from tandem.rl.errors import UserError, cause, short
@@ -69,6 +70,15 @@ class Session:
     tools: dict[str, Tool]
     steps: bool
     routed: bool = False
+
+    @cached_property
+    def needed(self) -> list[str]:
+        """Columns that `reset` cannot do without."""
+        if self.environment is None:
+            return []
+        parameters = inspect.signature(self.environment.reset).parameters.values()
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
 
     @property
     def schemas(self) -> list[dict[str, Any]] | None:
@@ -162,7 +172,12 @@ class Environments:
         return any(session.tools for sessions in self._free.values() for session in sessions)
 
     def check_row(self, prompt: Prompt) -> None:
-        """Raises UserError where a row names no environment that there is, or its prompt is no conversation."""
+        """Whether an episode can start on a row.
+
+        Raises:
+            UserError: it names no environment that there is, its prompt is no conversation, or its environment's
+                `reset` needs a column that it does not have.
+        """
         if not prompt.conversational:
             raise UserError(
                 f"row {prompt.index}: the prompt is a string: {short(prompt.prompt)}",
@@ -174,15 +189,28 @@ class Environments:
                 f"row {prompt.index}: the column {ROUTE!r} is {short(prompt.columns.get(ROUTE))}",
                 fix=f"name one of {', '.join(map(str, self.factories))}, the keys of environment.factory",
             )
+        if not self.factories:
+            return
+        session = self._free[self._name_for(prompt)][0]
+        columns = [name for name in ("prompt", *prompt.columns) if not (session.routed and name == ROUTE)]
+        if missing := [name for name in session.needed if name not in columns]:
+            raise UserError(
+                f"{_name(session.environment)}.reset needs an argument {missing[0]!r}, and there is no such column",
+                reason=f"row {prompt.index} has the columns {', '.join(columns)}",
+                fix="rename a column, or give the parameter a default",
+            )
 
     def lend(self, prompt: Prompt) -> Session:
         """An environment for an episode on this row, until `collect`."""
         if not self.factories:
             return self._common
-        name = None if None in self.factories else prompt.columns[ROUTE]
+        name = self._name_for(prompt)
         session = self._free[name].pop() if self._free[name] else self._session(name)
         self._lent.append((name, session))
         return session
+
+    def _name_for(self, prompt: Prompt) -> str | None:
+        return None if None in self.factories else prompt.columns[ROUTE]
 
     def collect(self) -> None:
         """Take back all environments but those that were given up."""

@@ -23,7 +23,7 @@ from tandem.rl.experience import policy_batch
 from tandem.rl.lora import attach_lora
 from tandem.rl.model import LanguageModel, load_model, load_tokenizer, with_sampling
 from tandem.rl.packing import pack
-from tandem.rl.samples import Completion, Group, Prompt, Sampling, Scored
+from tandem.rl.samples import Completion, Episode, Group, Prompt, Sampling, Scored
 from tandem.rl.step import sequence_log_probs
 from tandem.rollout.chat_turns import ChatTurns
 from tandem.rollout.environments import Environments, Step
@@ -666,6 +666,26 @@ def test_wrong_environments_are_refused(tokenizer):
         several.check_row(Prompt(0, [1], [{"role": "user", "content": ""}], {"environment": "c"}))
     with pytest.raises(UserError, match="string"):
         several.check_row(Prompt(0, [1], "text"))
+
+
+def test_a_column_that_reset_needs_is_looked_for_before_anything_is_played():
+    several = Environments({"a": Echo, "b": Calculator})
+    chat = [{"role": "user", "content": ""}]
+    with pytest.raises(UserError, match=r"Echo.reset needs an argument 'enough'(?s:.*)the columns prompt, enuogh"):
+        several.check_row(Prompt(0, [1], chat, {"environment": "a", "enuogh": 1}))
+    several.check_row(Prompt(0, [1], chat, {"environment": "a", "enough": 1}))
+    several.check_row(Prompt(0, [1], chat, {"environment": "b"}))
+    Environments({}, [double]).check_row(Prompt(0, [1], chat))
+
+
+@pytest.mark.parametrize(
+    ("ending", "words"), [("time", "environment.step_timeout"), ("error", "raised"), ("turns", "from step")]
+)
+def test_an_episode_without_its_reward_says_why(ending: str, words: str):
+    episode = Episode(messages=[{"role": "assistant", "content": "a"}], turns=1, ending=ending)
+    group = Group(Prompt(0, [1], [], {}), [Completion([1], [0.0], False, episode=episode)])
+    with pytest.raises(UserError, match=words):
+        score([group], [load_reward("environment")], lambda ids: "a", timeout=5)
 
 
 def test_rows_choose_among_several_environments(tokenizer):
