@@ -87,6 +87,8 @@ def resume(
             else f"{run_dir} has no checkpoint: from the start"
         )
         console.note(start)
+        if state.step >= total_steps(config, inputs.data.num_rows):
+            console.note(f"all its {state.step} steps are taken; for more: rl-train resume {run_dir} train.max_steps=N")
         return _train(config, run_dir, inputs, state, checkpoint, console, resumed=True)
 
 

@@ -238,21 +238,23 @@ def _prompts(
     if rows is None:
         return []
     tools = environments.common_schemas if environments else None
-    limit = config.data.max_prompt_length
+    limit, key, completion = config.data.max_prompt_length, "data.max_prompt_length", 0
     if limit is None and config.model.max_length is not None:
-        limit = config.model.max_length - config.rollout.max_completion_length
+        key, completion = "model.max_length", config.rollout.max_completion_length
+        limit = config.model.max_length - completion
     prompts, dropped = load_prompts(
         rows,
         tokenizer,
         system_prompt=config.data.system_prompt,
         max_prompt_length=limit,
+        limited_by=(key, completion),
         chat_template_kwargs=config.model.chat_template_kwargs | ({"tools": tools} if tools else {}),
     )
     if environments:
         for prompt in prompts:
             environments.check_row(prompt)
     if dropped:
-        console.warn(f"{dropped} prompts are longer than {limit} tokens and left out (data.max_prompt_length)")
+        console.warn(f"{dropped} prompts are longer than {limit} tokens and left out ({key})")
     return prompts
 
 
@@ -286,4 +288,6 @@ def quiet_libraries() -> None:
     datasets.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # bitsandbytes looks for a kernel on the hub when it is imported, by a model of any precision, and warns without it.
+    for name in ("huggingface_hub", "kernels", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)

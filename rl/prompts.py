@@ -22,9 +22,13 @@ def load_prompts(
     *,
     system_prompt: str | None = None,
     max_prompt_length: int | None = None,
+    limited_by: tuple[str, int] = ("data.max_prompt_length", 0),
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[Prompt], int]:
     """Every row's prompt as token ids, `index` being the row number, and how many were dropped as too long.
+
+    Args:
+        limited_by: key that `max_prompt_length` follows from, and the tokens that it counts beside the prompt's.
 
     Raises:
         UserError: a row is wrong (see `check_columns`), the chat template fails, or every prompt is too long.
@@ -52,11 +56,11 @@ def load_prompts(
         if max_prompt_length is None or len(ids[i]) <= max_prompt_length
     ]
     if not kept:
-        lengths = [len(i) for i in ids]
+        lengths, (key, beside) = [len(i) for i in ids], limited_by
         raise UserError(
             f"all {len(rows)} prompts are longer than {max_prompt_length} tokens "
             f"(the shortest has {min(lengths)}, the longest {max(lengths)})",
-            fix=f"set data.max_prompt_length to {max(lengths)} to keep them all, or shorten the prompts",
+            fix=f"set {key} to {max(lengths) + beside} to keep them all, or shorten the prompts",
         )
     return kept, len(rows) - len(kept)
 

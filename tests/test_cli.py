@@ -425,6 +425,16 @@ def test_resumed_after_a_kill_is_as_uninterrupted(grpo_run: tuple[Path, Done], t
     assert_same_run(run, grpo_run[0])
 
 
+def test_resuming_a_run_that_is_over_says_how_to_go_on(sft_run: tuple[Path, Done], tmp_path: Path) -> None:
+    run = tmp_path / "sft"
+    shutil.copytree(sft_run[0], run)
+    done = here("resume", run)
+    assert done.code == 0, done.err
+    assert "all its 15 steps are taken" in done.out
+    assert "train.max_steps=N" in done.out
+    assert "are taken" not in here("resume", run, "train.max_steps=16").out
+
+
 def assert_same_run(resumed: Path, through: Path) -> None:
     assert checkpoint_files(resumed, STEPS) == checkpoint_files(through, STEPS)
     name = "adapter/adapter_model.safetensors"

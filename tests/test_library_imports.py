@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from tiny_run import write_place
+
+from tandem.rl.inputs import quiet_libraries
 
 SCRIPT = """
 import gc, json, os, sys
@@ -49,3 +52,10 @@ def test_a_run_leaves_the_compiler_out_and_its_switches_alone(tmp_path: Path, sw
     assert found["compiles"]
     # Whoever sets the switch decides for himself.
     assert found["loaded"] == ["bitsandbytes"] + ["torch._inductor.compile_fx"] * (switch == "0")
+
+
+def test_warnings_of_libraries_that_concern_no_run_are_not_shown() -> None:
+    quiet_libraries()
+    for name in ("huggingface_hub.file_download", "kernels.hf_hub", "bitsandbytes.backends.cpu.ops"):
+        assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
+        assert logging.getLogger(name).isEnabledFor(logging.ERROR)
