@@ -111,6 +111,7 @@ def score(
                 errors={call.reward.name: call.errors[i].short() for call in calls if i in call.errors},
                 skipped=row.group in skipped,
                 missing=totals[i] is None,
+                extra=logged_extra(calls, i),
             )
             for i, (row, total) in enumerate(zip(rows, _filled(rows, totals), strict=True))
         ],
@@ -193,6 +194,17 @@ def _check_rewards(rewards: list[Reward]) -> None:
     names = [reward.name for reward in rewards]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two reward functions are named {twice[0]!r}", fix="give one of them a `name`")
+
+
+def logged_extra(calls: list[Call], index: int) -> dict[str, Any]:
+    """What the rewards logged of a row, as the journal can keep it: what is neither a text nor a number as its text."""
+    extra = {}
+    for call in calls:
+        for column, values in call.extras.items():
+            value = values[index]
+            value = value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+            extra[column] = value if value is None or isinstance(value, (str, int, float)) else str(value)
+    return extra
 
 
 def _values(calls: list[Call], index: int) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tandem.rewards.base import Reward
 from tandem.rewards.call import Row, TrainerState
-from tandem.rewards.compose import call_all
+from tandem.rewards.compose import call_all, logged_extra
 from tandem.rl.errors import UserError
 from tandem.rl.samples import Scored
 
@@ -51,8 +51,9 @@ def score_watched(
     for call in call_all(rewards, plain, state, timeout, found.faults, known=trained, find_rows=False):
         name = call.reward.name
         failed = name in found.faults
-        for row, value in zip(rows, [None] * len(rows) if failed else call.values, strict=True):
-            row.watched[name] = value
+        for index, row in enumerate(rows):
+            row.watched[name] = None if failed else call.values[index]
+            row.extra |= {} if failed else logged_extra([call], index)
         found.metrics[f"watch/rewards/{name}/failed"] = float(failed)
         for own, numbers in ({} if failed else call.metrics).items():
             found.metrics[f"watch/{own}"] = statistics.fmean(numbers)

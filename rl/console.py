@@ -159,6 +159,7 @@ class Console:
             values = [f"{name} {_number(value)}" for name, value in row.rewards.items()]
             title = f"reward {_number(row.reward)}  advantage {row.advantage:+.3f}"
             ending = "cut by the length limit" if row.completion.truncated else "ended"
+            values += [f"{name} {_shortened(str(value))}" for name, value in row.extra.items()]
             facts = "  ".join([*values, f"{len(row.completion.ids)} tokens, {ending}"])
             body = Text("\n").join(
                 [

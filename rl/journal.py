@@ -123,6 +123,8 @@ def _record(step: int, row: Scored) -> dict[str, Any]:
         episode = row.completion.episode
         record["turn_rewards"] = [_finite(reward) for reward in episode.turn_rewards] if episode else []
         record["turn_advantages"] = [_finite(value) for value in row.turn_advantages]
+    if row.extra:
+        record["extra"] = {name: _finite(v) if isinstance(v, float) else v for name, v in row.extra.items()}
     if row.errors:
         record["errors"] = "\n".join(f"{name}: {text}" for name, text in row.errors.items())
     if row.skipped:

@@ -280,6 +280,7 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
         "advantage": _shown(record.get("advantage"), ".3g"),
         "rewards": [(name, _shown(value, ".4g")) for name, value in (record.get("rewards") or {}).items()],
         "watched": [(name, _shown(value, ".4g")) for name, value in (record.get("watched") or {}).items()],
+        "extra": [(name, _shown(value, ".4g")) for name, value in (record.get("extra") or {}).items()],
         "truncated": bool(record.get("truncated")),
     }
 

@@ -21,7 +21,7 @@ from typing import Any
 from tandem.rewards.base import Reward, load_reward
 from tandem.rewards.call import Call, Row, TrainerState
 from tandem.rewards.completion import completion_text
-from tandem.rewards.compose import call_all
+from tandem.rewards.compose import call_all, logged_extra
 from tandem.rl.columns import plain_messages
 from tandem.rl.config import Config, DataConfig, EvalConfig
 from tandem.rl.console import Console
@@ -46,6 +46,7 @@ _JOURNAL = (
     "advantage",
     "turn_rewards",
     "turn_advantages",
+    "extra",
     "errors",
     "skipped",
     "watched",
@@ -356,5 +357,6 @@ def _show_examples(calls: list[Call], rows: list[Row], console: Console) -> None
             for call in calls
             if call.values
         ]
+        values += [f"{column} {value}" for column, value in logged_extra(calls, index).items()]
         console.table(f"completion {index}", [("prompt", prompt_text(row.prompt.prompt)), ("completion", row.text)])
         console.note("  ".join(values))

@@ -150,6 +150,7 @@ class Scored:
         advantage: filled in once the whole batch is scored; where turns have their own, the mean of theirs.
         turn_advantages: of each turn, where the config asks for them (`algorithm.advantage_level`); else empty.
         watched: values of the functions that are only watched, as `rewards`; they are no part of the total.
+        extra: what rewards logged of this row (`log_extra`), by column: texts, numbers and None.
         errors: rewards that failed on this row, and how, in a line.
         skipped: a reward failed somewhere in its group, which is therefore not learned from.
         missing: no reward that counts applies to it, and `reward` is the mean of its group's.
@@ -167,6 +168,7 @@ class Scored:
     skipped: bool = False
     missing: bool = False
     turn_advantages: list[float] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

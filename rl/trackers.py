@@ -91,7 +91,8 @@ class Trackers:
         os.fsync(self._file.fileno())
 
     def completions(self, step: int, rows: Sequence[Scored]) -> None:
-        """Send a table of completions: step, prompt, completion, a column per reward, reward, advantage."""
+        """Send a table of completions: step, prompt, completion, a column per reward, reward, advantage, and
+        what rewards logged (`log_extra`)."""
         if self._wandb is not None and rows:
             self._wandb.table(step, *_completions_table(step, rows))
 
@@ -343,11 +344,13 @@ def _json_value(value: Any) -> Any:
 
 def _completions_table(step: int, rows: Sequence[Scored]) -> tuple[list[str], list[list[Any]]]:
     names = reward_names(rows)
-    columns = ["step", "prompt", "completion", *names, "reward", "advantage"]
+    logged = list(dict.fromkeys(name for row in rows for name in row.extra))
+    columns = ["step", "prompt", "completion", *names, "reward", "advantage", *logged]
     data = [
         [step, _encodable(prompt_text(row.prompt.prompt)), _encodable(row.text)]
         + [row.rewards.get(name) for name in names]
         + [row.reward, row.advantage]
+        + [_encodable(v) if isinstance(v := row.extra.get(name), str) else v for name in logged]
         for row in rows
     ]
     return columns, data

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tandem.rl.config_file import parse_config
 from tandem.rl.errors import UserError
+from tandem.rl.journal import read_rollouts, write_rollouts
 from tandem.rl.rollout_journal import Mark, RolloutJournal, journal_path, read_journal, source_of
 from tandem.rl.samples import Completion, Episode, Prompt, Scored
 
@@ -64,6 +65,16 @@ def test_an_episode_is_read_back(tmp_path):
     journal(tmp_path).append([played], {}, position=0, step=0)
     ((back,),) = ([*rollout.rows] for rollout in read_journal(tmp_path))
     assert back.completion == replace(played.completion, episode=replace(episode, environment=None))
+
+
+def test_what_rewards_logged_is_read_back_and_written_for_people(tmp_path):
+    row = replace(scored(), extra={"found": "4", "share": 0.5, "nothing": None})
+    journal(tmp_path).append([row], {}, position=0, step=0)
+    ((back,),) = ([*rollout.rows] for rollout in read_journal(tmp_path))
+    assert back.extra == row.extra
+    ((record,), (bare,)) = (read_rollouts(write_rollouts(tmp_path, n, [r])) for n, r in enumerate((row, scored())))
+    assert record["extra"] == row.extra
+    assert "extra" not in bare
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -311,6 +311,7 @@ def watched_run(run_dir: Path) -> None:
         for i, row in enumerate(rows):
             row.completion.ids = [1] * (i + step)
             row.watched = {"judge": 0.5}
+            row.extra = {"verdict": "polite", "share": float("nan")}
         write_rollouts(run_dir, step, rows)
 
 
@@ -327,6 +328,7 @@ def test_reward_watch_has_its_charts_and_alerts(tmp_path):
     for part in ("step 15", "watched_falls", "judge gets worse", "value -0.75, limit -0.25", "read them"):
         assert part in section
     assert "judge (watched) 0.5" in page.text
+    assert "verdict polite" in page.text
     assert "no alert so far" not in page.text
     assert {f"watch_{name}.png" for name in ("length", "rewards", "repeats", "correlations")} <= {
         path.name for path in (tmp_path / "report").iterdir()

@@ -355,8 +355,17 @@ def test_totals_rows_metrics_and_extras() -> None:
         "rewards/one/std": 0.0,
     }
     assert scores.extras == {"length": [1, 1, 3, 1, 1]}
+    assert [row.extra for row in scores.rows] == [{"length": n} for n in (1, 1, 3, 1, 1)]
     assert set(scores.seconds) == {"graded", "one"}
     assert all(0 <= s < 5 for s in scores.seconds.values())
+
+
+def test_what_is_logged_of_a_row_can_be_kept_as_text_or_number() -> None:
+    def f(completions, log_extra):
+        log_extra("found", [np.float32(0.5), None, [1, 2], "x", np.bool_(True)])
+        return [0.0 for _ in completions]
+
+    assert [row.extra["found"] for row in run(f).rows] == [0.5, None, "[1, 2]", "x", True]
 
 
 def test_an_empty_batch_calls_nothing() -> None:

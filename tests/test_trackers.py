@@ -298,15 +298,16 @@ def test_wandb_gets_what_the_file_gets(tmp_path):
         make_row(rewards={"a": 1.0, "b": None}, text="t\ud800"),
         make_row(rewards={"a": 0.0, "b": 2.0}, prompt=[{"role": "user", "content": "q"}]),
     ]
+    rows[0].extra["seen"] = "s\ud800"
     trackers.completions(3, rows)
     trackers.summary({"score_after": 1.0})
     trackers.close()
     (step, metrics), (table_step, table) = fake.run.logged
     assert (step, metrics, table_step) == (3, {"reward": 1.0}, 3)
-    assert table["completions"].columns == ["step", "prompt", "completion", "a", "b", "reward", "advantage"]
+    assert table["completions"].columns == ["step", "prompt", "completion", "a", "b", "reward", "advantage", "seen"]
     assert table["completions"].data == [
-        [3, "in", "t\ufffd", 1.0, None, 1.0, 0.5],
-        [3, "user: q", "out", 0.0, 2.0, 1.0, 0.5],
+        [3, "in", "t\ufffd", 1.0, None, 1.0, 0.5, "s\ufffd"],
+        [3, "user: q", "out", 0.0, 2.0, 1.0, 0.5, None],
     ]
     assert fake.run.summary == {"score_after": 1.0}
     assert fake.run.exit_code == 0
