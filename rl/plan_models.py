@@ -18,6 +18,14 @@ def _qwen3(
     return _sizes(layers, hidden, intermediate, heads, 8, 128, 151936, tied, context) | {"model_type": "qwen3"}
 
 
+def _qwen25(
+    layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, *, vocab: int, context: int = 32768
+) -> dict[str, Any]:
+    """Qwen 2.5, whose smaller models have the smaller vocabulary and no head of their own."""
+    sizes = _sizes(layers, hidden, intermediate, heads, kv_heads, hidden // heads, vocab, vocab == 151936, context)
+    return sizes | {"model_type": "qwen2"}
+
+
 def _sizes(
     layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int, vocab: int, tied: bool,
     context: int,
@@ -48,6 +56,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-8B": _qwen3(36, 4096, 12288, 32),
     "Qwen/Qwen3-14B": _qwen3(40, 5120, 17408, 40),
     "Qwen/Qwen3-32B": _qwen3(64, 5120, 25600, 64),
+    "Qwen/Qwen2.5-0.5B": _qwen25(24, 896, 4864, 14, 2, vocab=151936),
+    "Qwen/Qwen2.5-0.5B-Instruct": _qwen25(24, 896, 4864, 14, 2, vocab=151936),
+    "Qwen/Qwen2.5-1.5B": _qwen25(28, 1536, 8960, 12, 2, vocab=151936, context=131072),
+    "Qwen/Qwen2.5-1.5B-Instruct": _qwen25(28, 1536, 8960, 12, 2, vocab=151936),
+    "Qwen/Qwen2.5-3B": _qwen25(36, 2048, 11008, 16, 2, vocab=151936),
+    "Qwen/Qwen2.5-3B-Instruct": _qwen25(36, 2048, 11008, 16, 2, vocab=151936),
+    "Qwen/Qwen2.5-7B": _qwen25(28, 3584, 18944, 28, 4, vocab=152064, context=131072),
+    "Qwen/Qwen2.5-7B-Instruct": _qwen25(28, 3584, 18944, 28, 4, vocab=152064),
     "meta-llama/Llama-3.1-8B": _LLAMA_8B,
     "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_8B,
     "meta-llama/Llama-3.2-3B": _LLAMA_3B,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from plan_config import config_of
-from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, Qwen3Config
+from transformers import AutoConfig, DynamicCache, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
 from tandem.rl import cli, plan_command, plan_engine, plan_pack
 from tandem.rl.errors import UserError
@@ -30,6 +30,7 @@ from tandem.rl.plan_memory import (
     setup_of,
     weight_items,
 )
+from tandem.rl.plan_models import MODELS
 from tandem.rl.plan_pack import pack_memory
 from tandem.rl.plan_setup import Setup
 from tandem.rl.plan_shape import Linear, ModelShape, adapter_shape, shape_of
@@ -561,3 +562,18 @@ def test_mistakes_are_told(place: Path, capsys: pytest.CaptureFixture[str], monk
     if not torch.cuda.is_available():
         assert (done := run(capsys, monkeypatch, config))[0] == 2
         assert "no GPU here" in done[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),  # as the checkpoints on the hub count them
+    [
+        ("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768),
+        ("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304),
+        ("Qwen/Qwen2.5-3B-Instruct", 3_085_938_688),
+        ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
+    ],
+)
+def test_known_sizes_count_the_weights_of_the_checkpoint(name: str, weights: int) -> None:
+    shape = shape_of(AutoConfig.for_model(**MODELS[name]))
+    assert shape.weights == weights
+    assert shape.max_length == 32768
