@@ -26,14 +26,18 @@ def known_answers(
     present = [column for column in candidates if column is not None]
     if not present:
         ours = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
-        given = [name for name in columns if name not in ours]
-        raise UserError(
-            f"{reward} found none of the columns {', '.join(ANSWER_COLUMNS)}",
-            reason=f"the data set's columns are {', '.join(given)}" if given else "the data set has no further columns",
-            fix=f"rename the column of known answers to {ANSWER_COLUMNS[0]!r}",
-        )
+        raise no_known_answers(reward, [name for name in columns if name not in ours])
     rows = [next((c[row] for c in present if c[row] is not None), None) for row in range(num_rows)]
     return [_texts(value) for value in rows]
+
+
+def no_known_answers(reward: str, columns: list[str], data: str = "the data set") -> UserError:
+    """The error for data, named in words, that have these columns and none of ANSWER_COLUMNS."""
+    return UserError(
+        f"{reward} found none of the columns {', '.join(ANSWER_COLUMNS)}",
+        reason=f"{data}'s columns are {', '.join(columns)}" if columns else f"{data} has no further columns",
+        fix=f"rename the column of known answers to {ANSWER_COLUMNS[0]!r}",
+    )
 
 
 def _texts(value: Any) -> list[str]:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from tandem.rewards.base import RESERVED, completion_text
-from tandem.rewards.known_answer import ANSWER_COLUMNS
+from tandem.rewards.known_answer import no_known_answers
 from tandem.rewards.quantities import close, last_number, unit_of
 from tandem.rewards.text_format import boxed_contents
 from tandem.rl.errors import UserError
@@ -75,12 +75,7 @@ def math_answer(
     """
     golds = [column for column in (answer, solution, ground_truth) if column is not None]
     if not golds:
-        given = [name for name in columns if name not in RESERVED]
-        raise UserError(
-            f"math_answer found none of the columns {', '.join(ANSWER_COLUMNS)}",
-            reason=f"the data set's columns are {', '.join(given)}" if given else "the data set has no further columns",
-            fix=f"rename the column of known answers to {ANSWER_COLUMNS[0]!r}",
-        )
+        raise no_known_answers("math_answer", [name for name in columns if name not in RESERVED])
     if not 0 <= tolerance < 1 or units not in ("ignore", "match") or (boxed_only and last_number_only):
         raise UserError(
             f"tolerance is {tolerance!r}, units is {units!r}, boxed_only {boxed_only}, last_number_only "

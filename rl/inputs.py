@@ -6,8 +6,11 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.rewards.base import load_function, load_reward
+from tandem.rewards.base import Reward, load_function, load_reward
 from tandem.rewards.call import check_required, given_columns
+from tandem.rewards.known_answer import ANSWER_COLUMNS, no_known_answers
+from tandem.rewards.math_answer import math_answer
+from tandem.rewards.text_match import exact_match, fuzzy_match
 from tandem.rl.adapter_files import check_adapter_files
 from tandem.rl.chat import completion_text, encode, render, with_system_prompt
 from tandem.rl.columns import Kind, check_columns
@@ -85,9 +88,8 @@ def prepare(config: Config, console: Console) -> Inputs:
         data.answers = _answers(train_rows, tokenizer, config)
         data.eval_answers = None if eval_rows is None else _answers(eval_rows, tokenizer, config)
     check_context(config, data, console)
-    for prompts, what in ((data.prompts, "the data set"), (data.eval_prompts, "the evaluation data set")):
-        for reward in rewards if prompts else []:
-            check_required(reward, given_columns(prompts[0].columns), what)
+    _check_rewards(rewards, data.prompts, "the data set")
+    _check_rewards(rewards, data.eval_prompts, "the evaluation data set")
     section = config.rewards
     judge = Judge(
         rewards,
@@ -100,6 +102,19 @@ def prepare(config: Config, console: Console) -> Inputs:
         warn=console.warn,
     )
     return Inputs(tokenizer, data, judge, objective, environments)
+
+
+def _check_rewards(rewards: list[Reward], prompts: list[Prompt], data: str) -> None:
+    """Raises UserError where a reward needs a column that the prompts lack; `data` names where they are from."""
+    if not prompts:
+        return
+    columns = given_columns(prompts[0].columns)
+    for reward in rewards:
+        check_required(reward, columns, data)
+        # These take the known answer from any of several columns, and so require none of them.
+        known = reward.function in (math_answer, exact_match, fuzzy_match)
+        if known and not {*columns, *reward.kwargs}.intersection(ANSWER_COLUMNS):
+            raise no_known_answers(reward.name, columns, data)
 
 
 def _environments(config: Config) -> Environments | None:

@@ -668,6 +668,8 @@ def test_dry_run_looks_for_the_columns_that_rewards_need(place: Path, tmp_path: 
     done = here("run", place / "grpo.yaml", "--dry-run", needs_gold, learned)
     assert_one_message(done, "'right' needs an argument 'gold'", "the evaluation data set has no further columns")
     assert here("run", place / "grpo.yaml", "--dry-run", needs_gold, learned, "eval.dataset_name=null").code == 0
+    done = here("run", place / "grpo.yaml", "--dry-run", "rewards.reward_funcs=[math_answer]", learned)
+    assert_one_message(done, "math_answer found none of the columns answer, solution", "columns are gold", "rename")
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
