@@ -8,8 +8,9 @@ and weights, batch, learning rate, adapter and objective; Tandem as `rl-train ru
 a process of its own. `seconds` are those of training steps, without the start, evaluations and checkpoints;
 `wall_seconds` are all. A held-out score comes from the same code for both, but TRL's model completes with transformers'
 `generate`. `reached` is the first step at which the mean reward of the last 3 steps is at least `--target`. On a GPU
-both generate with vLLM; where TRL cannot, it goes on with transformers, and its error is kept. With `--together` all
-runs start at once, which takes the time of one, and wait for their turns; their `wall_seconds` are then not known.
+both generate with vLLM; where TRL cannot, it runs again with transformers, after all others, and its error is kept.
+With `--together` runs are measured once all are ready: Tandem's start at once, which takes the time of one, then TRL's
+one after the other; their `wall_seconds` are then not known, and `--timeout` counts from a run's start, its wait too.
 Writes `benchmarks/results/learning-vs-trl-DEVICE-DATE.json`, anew after every run, and a plot beside it.
 """
 
@@ -28,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from grpo_step import SETTINGS, facts, port_of_its_own, report_error, say
+from plot_learning import draw
 from turns import Ahead, Turn
 from update import RESULTS, ROOT, header, lines_of, result_path, store
 
 SYSTEMS = ("tandem", "trl")
-COLORS = {"tandem": "C0", "trl": "C1"}
 WINDOW = 3
 # Parts that happen between steps, or that only a benchmark asks for.
 NOT_TRAINING = ("evaluate", "checkpoint")
@@ -70,7 +71,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--target", type=float, default=1.0, help="reward that `reached` is about")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the config, for both")
     parser.add_argument("--vllm-share", type=float, default=0.3, help="trl: share of the device for vLLM")
-    parser.add_argument("--together", action="store_true", help="start all runs at once, measure in turn")
+    parser.add_argument("--together", action="store_true", help="start all runs first, then measure in turn")
     parser.add_argument("--gate", type=Path, help="with --together: measure once this file exists")
     parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--runs", type=Path, help=argparse.SUPPRESS)
@@ -102,27 +103,45 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
         print(json.dumps({k: v for k, v in row.items() if k not in ("curve", "scores")}), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        ahead: dict[tuple[str, int], Ahead[str]] = {}
-        if arguments.together:
-            for seed, system in itertools.product(arguments.seeds, arguments.systems):
-                place = Path(folder) / f"{system}-{seed}"
-                lines = lines_of_run(system, [*argv, "--turn", str(place)], seed, engine, place, arguments.timeout)
-                ahead[system, seed] = Ahead(lines, Turn(place))
-            for run in ahead.values():
-                run.wait_until_ready()
+        ahead = start_all(arguments, argv, engine, Path(folder)) if arguments.together else {}
+        if ahead:
             print("all are ready", flush=True)
             while arguments.gate and not arguments.gate.exists():
                 time.sleep(0.2)
         for seed, system in itertools.product(arguments.seeds, arguments.systems):
             place = Path(folder) / f"{system}-{seed}"
             keep(row_of(system, arguments, argv, seed, engine, place, ahead.get((system, seed))))
-            if system == "trl" and engine == "vllm" and result["rows"][-1]["error"] is not None:
-                keep(row_of(system, arguments, argv, seed, "transformers", place))
+        # Last: beside no run that is measured, and none that is ready runs out of time meanwhile.
+        for one in list(result["rows"]):
+            if (one["system"], one["engine"]) == ("trl", "vllm") and one["error"] is not None:
+                keep(row_of("trl", arguments, argv, one["seed"], "transformers", Path(folder) / f"trl-{one['seed']}"))
     for line in summary(result["rows"]):
         print(json.dumps(line))
     print(target)
     draw(result, target.with_suffix(".png"))
     print(target.with_suffix(".png"))
+
+
+def start_all(
+    arguments: argparse.Namespace, argv: list[str], engine: str, folder: Path
+) -> dict[tuple[str, int], Ahead[str]]:
+    """All runs by system and seed, ready or failed: Tandem's start at once, each of TRL's when all before it are ready.
+
+    vLLM counts as its own what others take of the device while it measures, and then has none left for its cache.
+    Tandem says how large the cache is; TRL gives a share of the device, and measures.
+    """
+    ahead: dict[tuple[str, int], Ahead[str]] = {}
+    for system, seed in itertools.product(SYSTEMS, arguments.seeds):
+        if system == "trl":
+            for run in ahead.values():
+                run.wait_until_ready()
+        if system in arguments.systems:
+            place = folder / f"{system}-{seed}"
+            lines = lines_of_run(system, [*argv, "--turn", str(place)], seed, engine, place, arguments.timeout)
+            ahead[system, seed] = Ahead(lines, Turn(place))
+    for run in ahead.values():
+        run.wait_until_ready()
+    return ahead
 
 
 def lines_of_run(system: str, argv: list[str], seed: int, engine: str, place: Path, timeout: float) -> Iterator[str]:
@@ -474,36 +493,6 @@ def ended(ids: list[int], stop: tuple[int, ...]) -> Any:
     end = next((i + 1 for i, token in enumerate(ids) if token in stop), None)
     kept = ids if end is None else ids[:end]
     return Completion(kept, [0.0] * len(kept), truncated=end is None)
-
-
-# --- the picture ------------------------------------------------------------------------------------------------------
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Reward of every step (lines) and held-out score (dots), by samples and by seconds of training."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    labelled = set()
-    for row in (one for one in result["rows"] if one["curve"]):
-        name = f"{row['system']} ({row['engine']})"
-        style = "--" if row["system"] == "trl" and row["engine"] == "transformers" else "-"
-        for axes, along in zip(panels, ("samples", "seconds"), strict=True):
-            label = None if name in labelled else name
-            points = [one[along] for one in row["curve"]], [one["reward"] for one in row["curve"]]
-            axes.plot(*points, style, color=COLORS[row["system"]], alpha=0.7, linewidth=1.2, label=label)
-            dots = [one[along] for one in row["scores"]], [one["score"] for one in row["scores"]]
-            axes.plot(*dots, "o", color=COLORS[row["system"]], alpha=0.5, markersize=3.5)
-            axes.set(xlabel="completions sampled" if along == "samples" else "seconds of training steps")
-            if along == "seconds":
-                labelled.add(name)
-    panels[0].set(ylabel="mean reward of a step; dots: held-out score")
-    for axes in panels:
-        axes.axhline(result["target"], color="0.6", linewidth=0.8, linestyle=":")
-    panels[0].legend()
-    figure.suptitle(f"{', '.join(sorted({one['model'] for one in result['rows']}))} on {result['device']}")
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -510,6 +511,55 @@ def test_both_learn_the_same_task(tmp_path: Path) -> None:
     # The same model, prompts and greedy completions before the first step.
     assert tandem["score_before"] == trl["score_before"]
     assert [one["system"] for one in content["summary"]] == ["tandem", "trl"]
+
+
+def test_trl_s_engines_start_alone_and_go_on_without_vllm_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that are made up: their order, what is under way beside what, and nothing measured before the gate."""
+    events: list[tuple[str, str]] = []
+    both_there, gate = threading.Barrier(2, timeout=30), tmp_path / "gate"
+
+    def lines_of(system: str, argv: list[str], timeout: float, **_: Any) -> Iterator[str]:
+        if system == "device":
+            yield f"DEVICE {json.dumps({'device': 'NVIDIA H200', 'driver': '580', 'total_gib': 140.0})}"
+            return
+        known = learning_vs_trl.parse(argv)
+        name = f"{system} {known.seeds[0]}" + " without" * (known.engine == "transformers")
+        events.append(("start", name))
+        if system == "tandem":
+            both_there.wait()
+        if name == "trl 0":
+            yield 'ERROR "No available memory for the cache blocks"'
+        else:
+            events.append(("ready", name))
+            if known.turn:
+                if name == "trl 1":
+                    threading.Timer(0.5, gate.touch).start()
+                module("turns").Turn(known.turn).wait()
+                assert gate.exists()
+            if system == "trl":
+                yield f"ROW {json.dumps({'step': 1, 'samples': 8, 'seconds': 1.0, 'reward': 0.5})}"
+        events.append(("end", name))
+
+    monkeypatch.setattr(learning_vs_trl, "lines_of", lines_of)
+    learning_vs_trl.main(
+        ["--model", "m", "--systems", "trl", "tandem", "--seeds", "0", "1", "--together", "--gate", str(gate),
+         "--out", str(tmp_path)]
+    )  # fmt: skip
+    assert {name for _, name in events[:2]} == {name for _, name in events[2:4]} == {"tandem 0", "tandem 1"}
+    assert [event for event, _ in events[:4]] == ["start", "start", "ready", "ready"]
+    assert events[4:] == [
+        ("start", "trl 0"), ("end", "trl 0"), ("start", "trl 1"), ("ready", "trl 1"),
+        ("end", "tandem 0"), ("end", "trl 1"), ("end", "tandem 1"),
+        ("start", "trl 0 without"), ("ready", "trl 0 without"), ("end", "trl 0 without"),
+    ]  # fmt: skip
+    (path,) = tmp_path.glob("learning-vs-trl-h200-*.json")
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    known = [(one["system"], one["seed"], one["engine"], one["steps"]) for one in rows]
+    assert known == [
+        ("trl", 0, "vllm", 0), ("tandem", 0, "vllm", 0), ("trl", 1, "vllm", 1), ("tandem", 1, "vllm", 0),
+        ("trl", 0, "transformers", 1),
+    ]  # fmt: skip
+    assert [one["error"] for one in rows] == ["No available memory for the cache blocks", None, None, None, None]
 
 
 def test_time_to_a_reward_is_that_of_three_steps_together() -> None:
