@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -33,7 +34,7 @@ def module(name: str) -> ModuleType:
 
 update, plot_update, kernel_speed = module("update"), module("plot_update"), module("kernel_speed")
 grpo_step, learning_vs_trl = module("grpo_step"), module("learning_vs_trl")
-plan_peaks = module("plan_peaks")
+plan_peaks, profile_step = module("plan_peaks"), module("profile_step")
 
 
 def row(system: str, length: int | None, **values: Any) -> dict[str, Any]:
@@ -483,6 +484,83 @@ def test_memory_cannot_be_held_back_without_a_device() -> None:
         pytest.skip("there is a device")
     with pytest.raises(RuntimeError, match="cannot be held back"):
         module("device_watch").DeviceWatch(1.0)
+
+
+# --- where a step's time goes -----------------------------------------------------------------------------------------
+
+
+def test_a_step_s_time_by_function_and_by_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of two updates a rollout, in this process, which is left as it was."""
+    from tiny_run import write_place
+
+    from tandem.rl import commands
+
+    monkeypatch.setattr(profile_step, "LISTED", 10_000)  # the order is chance in so short a step
+    config, before = write_place(tmp_path), (commands.Trackers, list(sys.argv), len(gc.callbacks))
+    argv = [str(config), "optim.learning_rate=0.01", "--skip", "1", "--steps", "4", "--out", str(tmp_path)]
+    profile_step.main([*argv, "checkpoint.save_steps=0"])
+    assert (commands.Trackers, sys.argv, len(gc.callbacks)) == before
+    assert not (tmp_path / "runs").exists(), "the run's folder was a temporary one"
+    (path,) = tmp_path.glob("profile-step-cpu-*.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["steps"] == {"plain": 2, "python": 1, "torch": 1}
+    assert {"generate", "backward"} <= set(content["parts"])
+    assert sum(content["parts"].values()) == pytest.approx(content["seconds"]["plain"], abs=2e-3), "both are rounded"
+    functions = {one["function"].partition(" ")[2]: one for one in content["functions"]}
+    assert functions["apply_gradients"]["calls"] == 2
+    assert functions["apply_gradients"]["ms"] > functions["apply_gradients"]["own_ms"] > 0
+    assert sum(one["own_ms"] for one in content["functions"]) > 500 * content["seconds"]["python"], "most of a step"
+    operators = {one["operator"]: one for one in content["operators"]}
+    assert operators["Optimizer.step#AdamW.step"]["calls"] == 2
+    for found in (content["functions"], content["operators"]):
+        assert found == sorted(found, key=lambda one: -one["own_ms"])
+    assert [one["generation"] for one in content["collections"]] == [0, 1, 2]
+    assert (content["launches"], content["busy_ms"]) == ({}, None)
+    assert ("autograd's threads" in content["threads"]) == (sys.version_info < (3, 12))
+
+
+def test_the_gpu_is_busy_while_kernels_run() -> None:
+    def event(name: str, start: float = 0, end: float = 0, *, on: str = "CUDA", named: bool = False) -> SimpleNamespace:
+        device, span = getattr(torch.autograd.DeviceType, on), SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(name=name, device_type=device, time_range=span, is_user_annotation=named)
+
+    calls = ["cudaLaunchKernel", "cudaLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch", "cudaLaunchHostFunc"]
+    events = [event(name, on="CPU") for name in [*calls, "aten::mm"]]
+    events += [event("gemm", 1000, 3000), event("norm", 2000, 4000), event("rope", 6000, 7000)]
+    events += [
+        event("Memcpy DtoH (Device -> Pinned)", 0, 9000),
+        event("Optimizer.step#AdamW.step", 0, 9000, named=True),
+    ]
+    assert profile_step.on_gpu(events, 2) == {
+        "launches": {"cudaLaunchKernel": 1.0, "cuLaunchKernelEx": 0.5, "cudaGraphLaunch": 0.5},
+        "busy_ms": 2.0,
+    }
+
+
+def test_collections_are_counted_by_generation() -> None:
+    collector = profile_step.Collector()
+    collector("stop", {"generation": 0})  # had begun before
+    for generation in (2, 1, 2):
+        collector("start", {"generation": generation})
+        collector("stop", {"generation": generation})
+    found = collector.per_step(2)
+    assert [one["collections"] for one in found] == [0.0, 0.5, 1.0]
+    assert found[0]["ms"] == 0.0
+
+
+def test_names_of_functions_are_those_of_every_machine() -> None:
+    name = profile_step.function_name
+    assert name("~", 0, "<built-in method f of type object at 0x7f3a>") == "<built-in method f of type object>"
+    assert name(torch.nn.__file__, 3, "f") == "torch/nn/__init__.py:3 f"
+    assert name("/home/somebody/rewards/mine.py", 7, "reward") == "rewards/mine.py:7 reward"
+    assert name("<string>", 2, "__init__") == "<string>:2 __init__"
+
+
+@pytest.mark.parametrize("more", [["--steps", "2"], ["--skip", "0"], []])
+def test_steps_that_cannot_be_profiled_are_refused(more: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        profile_step.main([str(tmp_path / "none.yaml"), *more, "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 # --- learning beside TRL ----------------------------------------------------------------------------------------------
