@@ -35,6 +35,7 @@ def module(name: str) -> ModuleType:
 update, plot_update, kernel_speed = module("update"), module("plot_update"), module("kernel_speed")
 grpo_step, learning_vs_trl = module("grpo_step"), module("learning_vs_trl")
 plan_peaks, profile_step = module("plan_peaks"), module("profile_step")
+pinned_memory = module("pinned_memory")
 
 
 def row(system: str, length: int | None, **values: Any) -> dict[str, Any]:
@@ -666,6 +667,64 @@ def test_the_mean_over_seeds_leaves_failures_out() -> None:
     assert (line["seeds"], line["seconds_to_target"], line["error"]) == ([0], 3.0, "it broke")
     (line,) = learning_vs_trl.summary([good, other])
     assert (line["seconds"], line["seconds_to_target"]) == (2.5, None)
+
+
+# --- pinned memory ----------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_pinned_only_where_there_is_a_gpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "pinned_memory.py"), "--out", str(tmp_path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith("pinned_memory.py needs a CUDA GPU, and PyTorch sees none here\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_of_pinned_memory() -> None:
+    known = pinned_memory.parse([])
+    assert (known.gib, known.ways) == (8.0, ["pool", "pool-registered", "huge-pages"])
+    assert pinned_memory.parse(["--gib", "0.0625", "--ways", "pool"]).ways == ["pool"]
+
+
+@pytest.mark.parametrize("argv", [["--gib", "0"], ["--gib", "nan"], ["--gib", "0.06"], ["--ways", "malloc"]])
+def test_wrong_arguments_of_pinned_memory_are_refused(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        pinned_memory.parse(argv)
+    assert refused.value.code == 2
+
+
+def test_each_way_has_its_allocator_and_a_failure_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lines_of(way: str, argv: list[str], timeout: float, *, script: str, settings: dict[str, str]) -> Iterator[str]:
+        known = pinned_memory.parse(argv)
+        assert (known.worker, known.gib, timeout) == (way, 2.0, 180.0)
+        if way == "pool":
+            yield f"ROW {json.dumps({'allocate_gib_per_s': 1.3})}"
+        else:
+            yield f"FAILED {json.dumps(settings['PYTORCH_CUDA_ALLOC_CONF'])}"
+
+    monkeypatch.setattr(pinned_memory, "lines_of", lines_of)
+    argv = ["--gib", "2"]
+    found = [pinned_memory.row_of(way, pinned_memory.parse(argv), argv) for way in ("pool", "pool-registered")]
+    assert [one["allocate_gib_per_s"] for one in found] == [1.3, None]
+    assert [one["error"] for one in found] == [None, "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"]
+
+
+def test_blocks_on_huge_pages_lie_side_by_side() -> None:
+    size = pinned_memory.HUGE_PAGE
+    try:
+        blocks = pinned_memory.huge_blocks(3, size)
+    except OSError as error:
+        pytest.skip(f"no huge pages: {error}")
+    begin = blocks[0].data_ptr()
+    assert begin % size == 0
+    assert [block.data_ptr() - begin for block in blocks] == [0, size, 2 * size]
+    for i, block in enumerate(blocks):
+        block.fill_(i + 1)
+    assert [int(block.sum()) for block in blocks] == [size, 2 * size, 3 * size]
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
