@@ -47,19 +47,19 @@ class AdapterCopies:
         parts: held, and with them their memory.
 
     Raises:
-        ValueError: a part whose two matrices are not alike, or rows that are not dense.
+        ValueError: a part whose two matrices are not alike.
     """
 
     def __init__(self, parts: Sequence[Part], *, impl: Impl | None = None) -> None:
         for one in parts:
             if one.source.shape != one.target.shape or one.source.dim() != 2:
                 raise ValueError(f"{tuple(one.source.shape)} is to be copied to {tuple(one.target.shape)}")
-            if one.source.stride(1) != 1 or one.target.stride(1) != 1:
-                raise ValueError(f"rows with strides {one.source.stride()} and {one.target.stride()} are not dense")
         self._parts = list(parts)
         types = {(one.source.dtype, one.target.dtype, one.target.device) for one in parts}
         self._table: torch.Tensor | None = None
-        if len(types) == 1 and picks_triton(parts[0].source, impl) and picks_triton(parts[0].target, impl):
+        dense = all(x.stride(1) == 1 for one in parts for x in (one.source, one.target))
+        alike = len(types) == 1 and dense
+        if alike and picks_triton(parts[0].source, impl) and picks_triton(parts[0].target, impl):
             rows = [(s.data_ptr(), t.data_ptr(), s.shape[0], s.shape[1], s.stride(0), t.stride(0)) for s, t, _ in parts]
             device = parts[0].target.device
             self._table = torch.tensor(rows, dtype=torch.int64).to(device)

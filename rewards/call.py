@@ -128,7 +128,8 @@ class Call:
             raise
         except BaseException as error:
             raise self._fault(error, timeout) from error
-        self.seconds = time.perf_counter() - start
+        finally:
+            self.seconds = time.perf_counter() - start
         if inspect.isawaitable(result):  # a plain function around an async one
             awaitable = result
             self.finish(run_all_within(timeout, [lambda: awaitable])[0], timeout)

@@ -46,7 +46,8 @@ def run(
     config: ConfigPath,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and show the plan; no training.")
+        bool,
+        typer.Option("--dry-run", help="Check config, data and rewards, and show the plan; no model is loaded."),
     ] = False,
 ) -> None:
     """Train what a config describes."""

@@ -30,7 +30,7 @@ from tandem.rl.report import write_report
 from tandem.rl.reward_errors import errors_in_words
 from tandem.rl.rewards_command import show_protections
 from tandem.rl.rollout_journal import Mark, RolloutJournal, source_of
-from tandem.rl.run_folder import locked, new_folder, with_free_folder
+from tandem.rl.run_folder import check_folder, locked, new_folder, with_free_folder
 from tandem.rl.run_length import total_steps
 from tandem.rl.start_time import StartTime
 from tandem.rl.stopping import Stopping
@@ -43,6 +43,7 @@ from tandem.rl.unscored import unscored_path
 def run(config: Config, *, dry_run: bool, console: Console) -> bool:
     """`rl-train run`. Returns whether the run came to its end."""
     if dry_run:
+        check_folder(config.run_dir)
         inputs = prepare(config, console)
         _show_plan(config, inputs, console)
         show_sizes(config, inputs, console)

@@ -6,6 +6,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tandem.rewards.base import Reward, load_function, load_reward
 from tandem.rewards.call import check_required, given_columns
 from tandem.rewards.known_answer import ANSWER_COLUMNS, no_known_answers
@@ -22,6 +24,7 @@ from tandem.rl.evaluate import Judge
 from tandem.rl.examples import load_labelled, load_preferences, load_supervised
 from tandem.rl.library_imports import collector_off
 from tandem.rl.model import load_tokenizer
+from tandem.rl.optim import check_optimizer
 from tandem.rl.policy_loss import LossValue, PolicyTokens, custom_policy_loss, policy_loss
 from tandem.rl.preference_loss import PreferenceOptions, check_options
 from tandem.rl.preference_step import Answers
@@ -55,6 +58,7 @@ def prepare(config: Config, console: Console) -> Inputs:
         UserError: anything in them that the run would trip over.
     """
     quiet_libraries()
+    check_optimizer(config.optim, on_gpu=config.model.device != "cpu" and torch.cuda.is_available())
     train_rows = _rows(config.data, config.data.dataset_train_split, "data")
     eval_rows = _rows(config.eval, config.eval.dataset_test_split, "eval") if config.eval.dataset_name else None
     kind = _kind(config)

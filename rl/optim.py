@@ -39,21 +39,30 @@ def make_optimizer(parameters: Named, config: OptimConfig) -> torch.optim.Optimi
     if config.optim == "adamw_torch":
         # One kernel for many tensors on a GPU; on a CPU four times as fast as the loop over tensors, which foreach is.
         return torch.optim.AdamW(tensors, fused=True, **settings)
-    if not tensors[0].is_cuda:
-        raise UserError(f"optim.optim {config.optim!r} needs a GPU", fix="set optim.optim=adamw_torch")
+    check_optimizer(config, on_gpu=tensors[0].is_cuda)
     return _bitsandbytes_optimizer(tensors, config.optim, settings)
 
 
 def _bitsandbytes_optimizer(
     tensors: list[torch.nn.Parameter], name: str, settings: dict[str, Any]
 ) -> torch.optim.Optimizer:
+    import bitsandbytes
+
+    return getattr(bitsandbytes.optim, _BITSANDBYTES[name])(tensors, **settings)
+
+
+def check_optimizer(config: OptimConfig, *, on_gpu: bool) -> None:
+    """Raises UserError: one of bitsandbytes' optimisers without a GPU or without bitsandbytes."""
+    if config.optim == "adamw_torch":
+        return
+    if not on_gpu:
+        raise UserError(f"optim.optim {config.optim!r} needs a GPU", fix="set optim.optim=adamw_torch")
     try:
-        import bitsandbytes
+        import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"optim.optim {name!r} needs bitsandbytes", fix="pip install 'tandem-rl[quantization]'"
+            f"optim.optim {config.optim!r} needs bitsandbytes", fix="pip install 'tandem-rl[quantization]'"
         ) from error
-    return getattr(bitsandbytes.optim, _BITSANDBYTES[name])(tensors, **settings)
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:

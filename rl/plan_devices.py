@@ -85,7 +85,12 @@ def find_device(name: str, *, host_gib: float | None = None) -> Device:
     if key in DEVICES:
         return replace(DEVICES[key], host_gib=host_gib)
     gib = _number(name)
-    if gib is not None and 0 < gib <= 1024:
+    if not name.strip() or (gib is not None and not 0 < gib <= 1024):
+        raise UserError(
+            f"--gpu is {name!r}, which is neither a card nor the memory of one",
+            fix=f"use one of {', '.join(DEVICES)}, or give the card's memory in GiB, such as 24",
+        )
+    if gib is not None:
         like = min(DEVICES.values(), key=lambda one: abs(one.memory_gib - gib))
         return replace(like, name=f"{gib:g} GiB, rates of the {like.name}", memory_gib=gib, host_gib=host_gib)
     # A card's memory is also written behind its name.
@@ -146,5 +151,5 @@ def _key(name: str) -> str:
 
 
 def _number(text: str) -> float | None:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gib|gb|g)?", text.strip().lower())
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*(?:gib|gb|g)?", text.strip().lower())
     return float(match[1]) if match else None

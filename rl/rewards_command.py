@@ -26,7 +26,7 @@ from tandem.rl.columns import plain_messages
 from tandem.rl.config import Config, DataConfig, EvalConfig
 from tandem.rl.console import Console
 from tandem.rl.errors import UserError, short
-from tandem.rl.journal import prompt_text, read_rollouts
+from tandem.rl.journal import prompt_text, read_rollouts, rollout_files
 from tandem.rl.rows import load_rows
 from tandem.rl.samples import Completion, Prompt
 
@@ -176,6 +176,9 @@ def _versions(folders: Sequence[Path], files: Sequence[Path]) -> dict[Path, tupl
 
 
 def _rows_of_file(path: Path, config: Config) -> list[Row]:
+    if path.is_dir():  # a run's, or its rollouts/
+        files = rollout_files(path) or rollout_files(path.parent)
+        path = files[-1][1] if files else path
     records = read_rollouts(path)
     if not records:
         raise UserError(f"{path} holds no completions", fix="give a file with a line of JSON per completion")

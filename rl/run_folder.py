@@ -3,6 +3,7 @@ nothing came of the run."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,14 @@ def with_free_folder(config: Config, console: Console) -> Config:
     if number > 1:
         console.note(f"{config.run_dir} exists, so this run is named {name}")
     return config.model_copy(update={"run_name": name})
+
+
+def check_folder(run_dir: Path) -> None:
+    """Raises UserError: a run's folder could not be made here, as far as can be told without making it."""
+    parent = next(one for one in (run_dir, *run_dir.parents) if one.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "is not a folder" if not parent.is_dir() else "cannot be written to"
+        raise UserError(f"the run folder {str(run_dir)!r} cannot be made: {parent} {why}", fix="set output_dir")
 
 
 @contextmanager

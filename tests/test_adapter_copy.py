@@ -79,5 +79,10 @@ def test_what_does_not_fit_is_refused() -> None:
     one = torch.zeros(3, 4)
     with pytest.raises(ValueError, match="is to be copied to"):
         AdapterCopies([Part(one, torch.zeros(4, 3), 1.0)])
-    with pytest.raises(ValueError, match="not dense"):
-        AdapterCopies([Part(one, torch.zeros(4, 3).t(), 1.0)])
+
+
+def test_matrices_that_lie_the_other_way_are_copied_too() -> None:
+    source, target = torch.randn(4, 3).t(), torch.zeros(4, 3).t()
+    copies = AdapterCopies([Part(source, target, 2.0), Part(torch.ones(2, 2), torch.zeros(2, 2), 1.0)])
+    copies.run()
+    assert torch.equal(target, 2 * source)

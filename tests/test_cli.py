@@ -672,6 +672,14 @@ def test_dry_run_looks_for_the_columns_that_rewards_need(place: Path, tmp_path: 
     assert_one_message(done, "math_answer found none of the columns answer, solution", "columns are gold", "rename")
 
 
+def test_dry_run_finds_what_a_run_would_stop_for(place: Path, tmp_path: Path) -> None:
+    done = here("run", place / "grpo.yaml", "--dry-run", "model.device=cpu", "optim.optim=adamw_8bit")
+    assert_one_message(done, "'adamw_8bit' needs a GPU", "optim.optim=adamw_torch")
+    (tmp_path / "file").write_text("")
+    done = here("run", place / "grpo.yaml", "--dry-run", f"output_dir={tmp_path / 'file' / 'runs'}")
+    assert_one_message(done, "cannot be made", "is not a folder", "set output_dir")
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 

@@ -418,7 +418,14 @@ def test_memory_alone_is_a_card() -> None:
     assert find_device("23.5 GiB").memory_gib == 23.5
 
 
-@pytest.mark.parametrize("name", ["4900", "h1000", "banana", "-3", "0", ""])
+@pytest.mark.parametrize("name", ["-3", "0", "", " ", "2000", "-0.5 GiB"])
+def test_what_is_neither_a_card_nor_its_memory_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="neither a card nor the memory of one") as error:
+        find_device(name)
+    assert "h100" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["h1000", "banana", "rtx 4900"])
 def test_an_unknown_card_is_refused_with_the_nearest_names(name: str) -> None:
     with pytest.raises(UserError, match="nearest names") as error:
         find_device(name)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,6 +131,10 @@ def test_a_runs_rollouts_find_their_columns_in_the_data(place: Path) -> None:
     assert cells(done.out, "right")[2] == "0.667"
     assert cells(done.out, "tokens")[2] == "2.000"
 
+    write_rollouts(place / "run", 2, [replace(rows[0], completion=Completion([5], [0.0], False))])
+    for folder in (place / "run", place / "run" / "rollouts"):
+        done = rl_train("rewards", place / "config.yaml", funcs, "--on", folder)
+        assert "3 completions of 2 prompts" in done.out, "the latest step's"
     held_out = [Scored(Prompt(0, [1], "9+9"), Completion([5], [0.0], False), 0, "18", {}, 0.0)]
     done = rl_train("rewards", place / "config.yaml", "--on", write_rollouts(place / "run", 3, held_out, kind="eval"))
     assert done.code == 0, done.err
