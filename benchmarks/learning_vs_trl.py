@@ -196,7 +196,7 @@ def make_row(
 
     Args:
         steps: in order, each with `step`, `samples`, `seconds` of training since the step before, `parts`, and `reward`
-            or `score`, or both.
+            or `score`, or both; `apart`: of |engine - trainer|, in nats.
     """
     curve, scores, elapsed = [], [], 0.0
     parts: dict[str, float] = {}
@@ -204,7 +204,8 @@ def make_row(
         elapsed += one.get("seconds", 0.0)
         known = {"step": one["step"], "samples": one["samples"], "seconds": round(elapsed, 3)}
         if one.get("reward") is not None:
-            curve.append(known | {"reward": one["reward"]})
+            apart = {"apart": one["apart"]} if one.get("apart") else {}
+            curve.append(known | {"reward": one["reward"]} | apart)
         if one.get("score") is not None:
             scores.append(known | {"score": one["score"]})
         for name, seconds in one.get("parts", {}).items():
@@ -283,14 +284,14 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
     if not (run / "metrics.jsonl").is_file():
         return []
     config = load_run_config(run)
-    per_step = samples_per_step(config)
-    found = []
+    per_step, found = samples_per_step(config), []
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         parts = {name[5:]: value for name, value in record.items() if name.startswith("time/")}
         one = {"step": record["step"], "samples": round(record["step"] * per_step), "parts": parts}
         one |= {"seconds": training_seconds(parts), "reward": record.get("reward"), "score": record.get("eval/score")}
-        found.append(one)
+        apart = "parity/logp_difference/"
+        found.append(one | {"apart": {k.removeprefix(apart): v for k, v in record.items() if k.startswith(apart)}})
     return found
 
 
