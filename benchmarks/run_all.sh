@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# The GPU benchmarks one after the other, so that each has the card to itself.
+#
+#   benchmarks/run_all.sh OUT SMOLLM2 [part ...]        parts: graphs profile pinned learning long24 long80 peaks
+#                                                       rollout steps run200 (all of them without a name, in this order)
+#
+# OUT gets the results, a log of each part and `timeline`, a line for every part that has ended: seconds since the start,
+# the part and its exit status. SMOLLM2 is the folder of SmolLM2-135M-Instruct. Checkpoints of other shapes are random
+# and go to $CHECKPOINTS (OUT/checkpoints), which wants 40 GB.
+set -u
+out=$(realpath -m "$1") small=$(realpath "$2")
+shift 2
+cd "$(dirname "$0")/.." || exit 1
+mkdir -p "$out"
+checkpoints=${CHECKPOINTS:-$out/checkpoints}
+large=$checkpoints/qwen3-8b-bf16
+python=${PYTHON:-python}
+started=$(date +%s)
+
+part() { # NAME SECONDS COMMAND...: runs it, with a limit
+    local name=$1 limit=$2
+    shift 2
+    local status=0
+    timeout "$limit" "$@" > "$out/$name.log" 2>&1 || status=$?
+    echo "$(($(date +%s) - started)) $name $status" >> "$out/timeline"
+}
+
+large_checkpoint() {
+    [ -f "$large/config.json" ] && return
+    part checkpoint 300 "$python" benchmarks/random_checkpoint.py qwen3-8b "$large" --dtype bf16 --context 266240
+}
+
+long() { # GIB LENGTH
+    large_checkpoint
+    # Graphs, since thousands of tokens are sampled one after the other, but of vLLM's own kernels, which starts sooner.
+    part "long$1" 590 "$python" benchmarks/grpo_step.py --model "$large" --cap "$1" --longest "$2" --timeout 580 \
+        --set rollout.kv_cache_dtype=fp8 rollout.torch_compile=false train.worst_case_first=false --out "$out"
+}
+
+for name in "${@:-graphs profile pinned learning long24 long80 peaks rollout steps run200}"; do
+    for one in $name; do
+        case $one in
+            graphs) part graphs 120 "$python" -m pytest -q -m gpu -s tests/test_layer_graphs_gpu.py tests/test_fused_gpu.py ;;
+            profile)
+                for graphs in false true; do
+                    part "profile-$graphs" 150 "$python" benchmarks/profile_step.py examples/arithmetic.yaml \
+                        "model.model_name_or_path=$small" rollout.engine=vllm rollout.enforce_eager=false \
+                        "train.cuda_graphs=$graphs" eval.eval_steps=0 checkpoint.save_steps=0 parity.action=warn \
+                        --skip 6 --steps 12 --out "$out"
+                done
+                ;;
+            pinned) part pinned 120 "$python" benchmarks/pinned_memory.py --out "$out" ;;
+            learning)
+                part learning 560 "$python" benchmarks/learning_vs_trl.py --model "$small" --eval-steps 20 --together \
+                    --vllm-share 0.15 --timeout 550 --out "$out"
+                ;;
+            long24) long 24 131072 ;;
+            long80) long 80 262144 ;;
+            peaks) part peaks 300 "$python" benchmarks/plan_peaks.py --checkpoints "$checkpoints" --out "$out" ;;
+            rollout)
+                large_checkpoint
+                part rollout 560 "$python" benchmarks/rollout.py "$large" --together --timeout 550 --out "$out"
+                ;;
+            steps)
+                large_checkpoint
+                part steps 900 "$python" benchmarks/grpo_step.py --model "$large" --systems tandem trl-awake unsloth \
+                    --together --timeout 880 --out "$out"
+                ;;
+            run200)
+                part run200 560 "$python" benchmarks/long_run.py --steps 200 --device cuda --model "$small" \
+                    --set rollout.engine=vllm rollout.enforce_eager=false --results "$out"
+                ;;
+            *) echo "there is no part $one" >&2 && exit 2 ;;
+        esac
+    done
+done
+cat "$out/timeline"
