@@ -22,7 +22,7 @@ import torch
 
 from tandem.kernels.attention_blocked import Gradients, Scoring, blocked_backward, blocked_forward
 from tandem.kernels.pack_layout import Family, PackLayout
-from tandem.kernels.reference import Impl, picks_triton, wide
+from tandem.kernels.reference import Impl, ceil_div, picks_triton, power_of_2_from, wide
 
 try:
     import triton
@@ -335,11 +335,11 @@ def _merge_triton(
     # The kernel must not write what it reads: threads that share a value would see the new one.
     first = lse[:, rows]
     total = torch.logaddexp(first, other_lse)
-    _merge_kernel[(triton.cdiv(count, 16), heads)](
+    _merge_kernel[(ceil_div(count, 16), heads)](
         out, first, total, other, other_lse, index, start, count, dim,
         out.stride(0), out.stride(1), first.stride(0), first.stride(1), total.stride(0), total.stride(1),
         other.stride(0), other.stride(1), other_lse.stride(0), other_lse.stride(1),
-        INDEXED=index is not None, ROWS=16, BLOCK=triton.next_power_of_2(dim), num_warps=4,
+        INDEXED=index is not None, ROWS=16, BLOCK=power_of_2_from(dim), num_warps=4,
     )  # fmt: skip
     lse[:, rows] = total
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from tandem.kernels.reference import Impl, picks_triton, rows
+from tandem.kernels.reference import Impl, ceil_div, picks_triton, rows
 
 try:
     import triton
@@ -64,7 +64,7 @@ def dequantize_fp8(
         return out
     if picks_triton(out, impl):
         target = rows(out, written=True)
-        grid = (packed.shape[0], triton.cdiv(packed.shape[1], _BLOCK))
+        grid = (packed.shape[0], ceil_div(packed.shape[1], _BLOCK))
         _dequantize_kernel[grid](
             packed, scales, target, packed.shape[1], target.stride(0), BLOCK=_BLOCK, num_warps=4
         )  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from tandem.kernels.fp8 import check_fp8, dequantize_fp8
-from tandem.kernels.reference import Impl, picks_triton
+from tandem.kernels.reference import Impl, ceil_div, picks_triton
 from tandem.kernels.split_inputs import turns_per_program
 
 try:
@@ -91,12 +91,12 @@ def _multiply_triton(
     if x.stride(1) != 1:
         x = x.contiguous()
     (count, width), outputs = x.shape, packed.shape[0]
-    turns = triton.cdiv(width, config.block_k)
-    tiles = triton.cdiv(outputs, config.block_n), triton.cdiv(count, config.block_m)
+    turns = ceil_div(width, config.block_k)
+    tiles = ceil_div(outputs, config.block_n), ceil_div(count, config.block_m)
     per_program = turns_per_program(
         turns, tiles[0] * tiles[1], row_bytes=width, count=count, wanted=config.splits, device=x.device
     )
-    splits = triton.cdiv(turns, per_program)
+    splits = ceil_div(turns, per_program)
     # Sums of one program each, added in a fixed order. In a captured graph this is graph memory.
     sums = out if splits == 1 else torch.empty(splits, count, outputs, dtype=torch.float32, device=x.device)
     _gemm_kernel[(tiles[0], splits, tiles[1])](

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from tandem.kernels.reference import Impl, glu_backward_into, glu_into, picks_triton, rows
+from tandem.kernels.reference import Impl, ceil_div, glu_backward_into, glu_into, picks_triton, power_of_2_from, rows
 
 try:
     import triton
@@ -89,8 +89,8 @@ def _check(kind: str, *, gate: torch.Tensor, **others: torch.Tensor | None) -> N
 
 def _grid(tensor: torch.Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     """Rows × column blocks, and the block: no wider than the row needs."""
-    block = min(triton.next_power_of_2(tensor.shape[1]), _BLOCK)
-    return (tensor.shape[0], triton.cdiv(tensor.shape[1], block)), {
+    block = min(power_of_2_from(tensor.shape[1]), _BLOCK)
+    return (tensor.shape[0], ceil_div(tensor.shape[1], block)), {
         "BLOCK": block,
         "num_warps": min(max(block // 256, 1), 8),
     }

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tandem.kernels.reference import Impl, picks_triton
+from tandem.kernels.reference import Impl, ceil_div, picks_triton
 
 try:
     import triton
@@ -242,7 +242,7 @@ def _dequantize_plain(packed: torch.Tensor, scales: torch.Tensor, start: int, st
 def _dequantize_triton(packed: torch.Tensor, scales: torch.Tensor, start: int, stop: int, out: torch.Tensor) -> None:
     tiles, stored = packed.shape[0], scales.shape[1]
     first, last = start // TILE_N, (stop + TILE_N - 1) // TILE_N
-    _dequantize_kernel[(triton.cdiv(tiles, _TILES), last - first)](
+    _dequantize_kernel[(ceil_div(tiles, _TILES), last - first)](
         packed, scales, out, tiles, stored, start, stop, out.stride(0), TILES=_TILES, num_warps=4,
     )  # fmt: skip
 

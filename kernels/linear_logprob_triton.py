@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from tandem.kernels.reference import ceil_div, power_of_2_from
+
 try:
     import triton
     import triton.language as tl
@@ -70,7 +72,7 @@ def token_scores_grad_into(
         return
     grad_log_probs, grad_entropy, grad_lse, grad_mean = grads
     launch = _launch(width, _BACKWARD_BLOCK)
-    blocks = triton.cdiv(width, launch["BLOCK"])
+    blocks = ceil_div(width, launch["BLOCK"])
     _grad_kernel[(count * blocks,)](
         raw, raw if bias is None else bias, targets, lse, entropy, *(lse if g is None else g for g in grads), out,
         raw.stride(0), out.stride(0), width, blocks, vocab,
@@ -82,7 +84,7 @@ def token_scores_grad_into(
 
 def _launch(width: int, most: int) -> dict[str, int]:
     """No more threads than elements: with `out` over `raw`, replicas must not read what another has written."""
-    block = min(triton.next_power_of_2(width), most)
+    block = min(power_of_2_from(width), most)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 8)}
 
 

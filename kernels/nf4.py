@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tandem.kernels.reference import NF4_LEVELS, Impl, nested_absmax, nf4_into, picks_triton
+from tandem.kernels.reference import NF4_LEVELS, Impl, ceil_div, nested_absmax, nf4_into, picks_triton
 
 try:
     import triton
@@ -244,7 +244,7 @@ def _dequantize_triton(
     else:
         scales, outer, code, offset, size = absmax, levels, levels, levels, 1
     # Without fused multiply-add: bitsandbytes rounds the nested product before it adds the offset.
-    _dequantize_kernel[(triton.cdiv(out.numel(), blocks * blocksize),)](
+    _dequantize_kernel[(ceil_div(out.numel(), blocks * blocksize),)](
         packed, scales, outer, code, offset, levels, out, out.numel(), (out.numel() + 1) // 2, width, row_stride,
         NESTED=isinstance(absmax, NestedAbsmax), OUTER_SIZE=size, BLOCKS=blocks, BYTES=blocksize // 2,
         ROWS=width < out.numel(), num_warps=4, enable_fp_fusion=False,

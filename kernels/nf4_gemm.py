@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from tandem.kernels.nf4 import StackedScales, levels_on, write_nf4_stack
-from tandem.kernels.reference import Impl, picks_triton
+from tandem.kernels.reference import Impl, ceil_div, picks_triton
 from tandem.kernels.split_inputs import turns_per_program
 
 try:
@@ -217,7 +217,7 @@ def _multiply_triton(
     second = first + part_rows[1] if len(part_rows) > 1 else rows
     outer1 = math.ceil(first * blocks / blocksize2)
     outer2 = outer1 + (math.ceil(part_rows[1] * blocks / blocksize2) if len(part_rows) > 1 else 0)
-    tiles_n, tiles_m = triton.cdiv(rows, config.block_n), triton.cdiv(count, config.block_m)
+    tiles_n, tiles_m = ceil_div(rows, config.block_n), ceil_div(count, config.block_m)
     per_program, splits = _split(blocks, count, tiles_n * tiles_m, config, x.device)
     # Sums of one program each, added in a fixed order by a second kernel. In a captured graph this is graph memory.
     sums = out if splits == 1 else torch.empty(splits, count, rows, dtype=torch.float32, device=x.device)
@@ -236,7 +236,7 @@ def _multiply_triton(
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
     )  # fmt: skip
     if splits > 1:
-        _sum_kernel[(triton.cdiv(rows, 512), count)](
+        _sum_kernel[(ceil_div(rows, 512), count)](
             sums, out if bias is None else bias, out, rows, out.stride(0), count * rows, splits,
             BIAS=bias is not None, BLOCK=512, num_warps=4,
         )  # fmt: skip

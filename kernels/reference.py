@@ -88,6 +88,16 @@ def rows(tensor: torch.Tensor, *, written: bool = False) -> torch.Tensor:
     return tensor.reshape(count, width).contiguous()
 
 
+def ceil_div(count: int, size: int) -> int:
+    """Blocks of `size` that hold `count`. Triton's own takes microseconds on the host, at every launch."""
+    return -(-count // size)
+
+
+def power_of_2_from(count: int) -> int:
+    """The least power of two that is no less than `count`, which is positive."""
+    return 1 << (count - 1).bit_length()
+
+
 def wide(tensor: torch.Tensor) -> torch.Tensor:
     """In the precision of the arithmetic: float32, float64 stays."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

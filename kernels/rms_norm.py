@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from tandem.kernels.reference import Impl, normed, normed_grad, picks_triton, rows
+from tandem.kernels.reference import Impl, normed, normed_grad, picks_triton, power_of_2_from, rows
 
 try:
     import triton
@@ -103,7 +103,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, **others: torch.Tensor | None)
 
 def _launch(width: int) -> dict[str, int]:
     """One row per program. No more threads than elements: replicas must not read what another has written."""
-    block = triton.next_power_of_2(width)
+    block = power_of_2_from(width)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 

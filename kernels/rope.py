@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from tandem.kernels.reference import Impl, normed, normed_grad, picks_triton, rotated
+from tandem.kernels.reference import Impl, ceil_div, normed, normed_grad, picks_triton, power_of_2_from, rotated
 
 try:
     import triton
@@ -164,13 +164,13 @@ def _check_norm(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | N
 def _grid(x: torch.Tensor, half: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Tokens × blocks of heads. No more threads than elements: replicas must not read what another has written."""
     tokens, heads, head_dim = x.shape
-    columns = triton.next_power_of_2(half)
-    block = max(min(triton.next_power_of_2(heads), _TILE // columns), 1)
+    columns = power_of_2_from(half)
+    block = max(min(power_of_2_from(heads), _TILE // columns), 1)
     rest = head_dim - 2 * half
-    return (tokens, triton.cdiv(heads, block)), {
+    return (tokens, ceil_div(heads, block)), {
         "HEADS": block,
         "HALF": columns,
-        "REST": triton.next_power_of_2(rest) if rest else 0,
+        "REST": power_of_2_from(rest) if rest else 0,
         "num_warps": min(max(block * columns // 256, 1), 8),
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from tandem.kernels.reference import Impl, picks_triton
+from tandem.kernels.reference import Impl, ceil_div, picks_triton, power_of_2_from
 
 try:
     import triton
@@ -34,8 +34,8 @@ def copy_rows(out: torch.Tensor, x: torch.Tensor, *, impl: Impl | None = None) -
     if (out.is_contiguous() and x.is_contiguous()) or not picks_triton(out, impl):
         return out.copy_(x)
     rows, width = x.shape
-    block = min(triton.next_power_of_2(width), _BLOCK)
-    _copy_kernel[(rows, triton.cdiv(width, block))](
+    block = min(power_of_2_from(width), _BLOCK)
+    _copy_kernel[(rows, ceil_div(width, block))](
         out, x, out.stride(0), x.stride(0), width, BLOCK=block, num_warps=min(max(block // 256, 1), 8)
     )
     return out
