@@ -208,18 +208,8 @@ class Trainer:
     def _warm_up(self) -> bool:
         """Supervised steps on the same adapter before RL; False if stopped on the way."""
         state, warmup = self._state, self._config.warmup
-        if state.step:
+        if state.step or not warmup.max_steps:
             return True
-        if state.warmup_step < warmup.max_steps and not self._supervised_steps():
-            return False
-        # RL starts with moments of its own: the two objectives' gradients have nothing to do with each other. A run
-        # that ended with the warm-up's last step has left them in its checkpoint.
-        self._optimizer.state.clear()
-        return True
-
-    def _supervised_steps(self) -> bool:
-        """The warm-up's steps that are left; False if stopped on the way."""
-        state, warmup = self._state, self._config.warmup
         sampler = PromptSampler(len(self._data.warmup), seed=self._config.seed, shuffle=True)
         self._console.start(warmup.max_steps, state.warmup_step, label="warm-up")
         batch = warmup.per_device_train_batch_size
@@ -237,6 +227,9 @@ class Trainer:
             self._console.step(state.warmup_step, metrics)
             self._stop_if_nothing_is_learned(metrics)
         self._console.stop()
+        # RL starts with moments of its own: the two objectives' gradients have nothing to do with each other. A run
+        # that ended with the warm-up's last step has left them in its checkpoint.
+        self._optimizer.state.clear()
         return True
 
     # Reinforcement learning
