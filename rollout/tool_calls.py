@@ -55,8 +55,8 @@ def format_of(template: str) -> str | None:
     """The format in which a chat template writes calls; None: it writes none."""
     if "[TOOL_CALLS]" in template:
         return "mistral"
-    # `<function=` marks XML in the same tags, which is another format.
-    if "<tool_call>" in template and "<function=" not in template:
+    # `<function=` (Qwen3.5) and `<arg_key>` (GLM) mark XML in the same tags, which is another format.
+    if "<tool_call>" in template and not any(xml in template for xml in ("<function=", "<arg_key>")):
         return "hermes"
     if "ipython" in template and "parameters" in template:
         return "llama3"
@@ -102,41 +102,57 @@ def parse_turn(raw: str, text: str, kind: str) -> ParsedTurn:
 
 # The parsers return the calls, and the text around them; None for the text: there was no call in it.
 _Calls = tuple[list[ToolCall | BadCall], str | None]
-_HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
-_THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+# Reasoning, which the prompt may have begun, or a call; tags of the one inside the other are plain text.
+_HERMES = re.compile(
+    r"(?P<thought>\A(?:(?!<think>).)*?</think>|<think>.*?(?:</think>|\Z))"
+    r"|<tool_call>(?P<body>.*?)(?:</tool_call>|(?=<tool_call>)|\Z)",
+    re.DOTALL,
+)
+_ARGUMENTS = ("arguments", "parameters")
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?s>")
+_SPECIAL_ENDS = re.compile(rf"\A(?:(?:{_SPECIAL.pattern})\s*)+|(?:(?:{_SPECIAL.pattern})\s*)+\Z")
 
 
 def _hermes(raw: str) -> _Calls:
     # What a model considers in its reasoning is no call yet.
-    spoken = _THINKING.sub("", raw)
-    bodies = _HERMES.findall(spoken)
+    bodies = [found["body"] for found in _HERMES.finditer(raw) if found["body"] is not None]
     if not bodies:
         return [], None
-    return [_call(_SPECIAL.sub("", body), "arguments") for body in bodies], _SPECIAL.sub("", _HERMES.sub("", raw))
+    rest = _HERMES.sub(lambda found: found["thought"] or "", raw)
+    return [_call(_without_ends(body), "arguments") for body in bodies], _SPECIAL.sub("", rest)
+
+
+def _without_ends(text: str) -> str:
+    """The text without special tokens around it; what looks like one inside is an argument's (`<s>` is HTML, too)."""
+    return _SPECIAL_ENDS.sub("", text.strip()).strip()
 
 
 def _llama3(raw: str) -> _Calls:
-    text = _SPECIAL.sub("", raw).strip()
-    marked = "<|python_tag|>" in raw
-    if not (marked or text.startswith("{")):
+    before, marker, after = raw.partition("<|python_tag|>")
+    text = _without_ends(after if marker else raw)
+    if not (marker or text.startswith("{")):
         return [], None
     values, rest = _values(text)
     # JSON that is no call is an answer; what breaks off on its way to a call is a call.
-    is_call = isinstance(values[0], dict) and "name" in values[0] if values else '"name"' in text
-    if not (marked or is_call):
+    is_call = _is_call(values[0]) if values else '"name"' in text
+    if not (marker or is_call):
         return [], None
     calls = [_checked(value, "parameters") for value in values]
     if rest.strip(" \n;"):
         calls.append(BadCall(_not_json(rest)))
-    return calls, ""
+    return calls, _SPECIAL.sub("", before) if marker else ""
+
+
+def _is_call(value: Any) -> bool:
+    """Whether JSON without a mark is meant as a call: an answer may well be an object that has a name."""
+    return isinstance(value, dict) and "name" in value and (len(value) == 1 or not value.keys().isdisjoint(_ARGUMENTS))
 
 
 def _mistral(raw: str) -> _Calls:
     before, marker, after = raw.partition("[TOOL_CALLS]")
     if not marker:
         return [], None
-    body = _SPECIAL.sub("", after).strip()
+    body = _without_ends(after)
     if body.startswith("["):
         return _list_of_calls(body), _SPECIAL.sub("", before)
     calls: list[ToolCall | BadCall] = []
@@ -182,7 +198,7 @@ def _checked(value: Any, key: str) -> ToolCall | BadCall:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return BadCall(f'a call must be an object with "name" and "{key}", not {_shortened(json.dumps(value))}')
     name = value["name"]
-    arguments: Any = next((value[k] for k in (key, "arguments", "parameters") if k in value), {})
+    arguments: Any = next((value[k] for k in (key, *_ARGUMENTS) if k in value), {})
     if isinstance(arguments, str):  # some models quote them
         try:
             arguments = json.loads(arguments)

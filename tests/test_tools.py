@@ -115,6 +115,27 @@ def test_calls_are_read(kind, raw):
     assert call["function"] == {"name": "f", "arguments": {"x": 1, "s": "y"}}
 
 
+@pytest.mark.parametrize("text", ["<s>old</s> new", "<|x|>", "<think>", "<think>a</think>"])
+@pytest.mark.parametrize(
+    ("kind", "frame"),
+    [
+        ("hermes", '<tool_call>{"name": "f", "arguments": %s}</tool_call><|im_end|>'),
+        ("llama3", '{"name": "f", "parameters": %s}<|eom_id|>'),
+        ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": %s}]</s>'),
+        ("mistral", "[TOOL_CALLS]f[ARGS]%s</s>"),
+    ],
+)
+def test_arguments_may_hold_what_looks_like_special_tokens(kind, frame, text):
+    assert parse_turn(frame % json.dumps({"s": text}), "", kind).calls == [ToolCall("f", {"s": text})]
+
+
+def test_text_around_calls_is_kept():
+    thought = '<think>one of <tool_call>s</think>\nso <tool_call>{"name": "f"}</tool_call>'
+    assert parse_turn(thought, "", "hermes").content == "<think>one of <tool_call>s</think>\nso"
+    turn = parse_turn('Let me see. <|python_tag|>{"name": "f", "parameters": {}}<|eom_id|>', "", "llama3")
+    assert (turn.content, turn.calls) == ("Let me see.", [ToolCall("f", {})])
+
+
 @pytest.mark.parametrize(
     ("kind", "raw"),
     [
@@ -159,6 +180,8 @@ def test_broken_calls_are_kept_with_the_reason(kind, raw):
         ("llama3", '{"answer": 4}'),
         ("llama3", "It is {4}."),
         ("llama3", "{4}"),
+        ("llama3", '{"name": "Ada", "age": 36}'),
+        ("hermes", 'maybe <tool_call>{"name": "f"}</tool_call>, no</think>It is 4.'),
         ("mistral", "No call."),
     ],
 )
@@ -172,6 +195,7 @@ def test_the_format_follows_from_the_template():
     assert format_of("[TOOL_CALLS] … <tool_call>") == "mistral"
     assert format_of("message.role == 'ipython' … \"parameters\"") == "llama3"
     assert format_of("<tool_call><function=x>") is None
+    assert format_of("<tool_call>f<arg_key>x</arg_key>") is None
     assert choose_format("llama3", "") == "llama3"
     assert choose_format("auto", "tools <tool_call>") == "hermes"
     for template in ("{{ messages }}", "<tool_call>"):
