@@ -138,19 +138,39 @@ def _message_problem(message: Any) -> str:
     return "has no content" if content is None else f"has content of type {type(content).__name__}, not a string"
 
 
-def plain_messages(value: str | Messages) -> Any:
+def plain_messages(value: str | Messages, feature: Any = None) -> Any:
     """Messages without the keys that Arrow fills in where another row has them, and with ShareGPT's from/value and
-    speakers turned into roles."""
+    speakers turned into roles.
+
+    Args:
+        feature: the column's type; None: only the messages' own keys are looked at, not those inside a call, say.
+    """
     if not isinstance(value, list):
         return value
+    inside = _inside(feature)
+    types = inside if isinstance(inside, dict) else {}
     messages = []
     for message in value:
+        message = {k: own_keys(v, types.get(k)) for k, v in message.items()}
         if "from" in message and "role" not in message:
             rest = {k: v for k, v in message.items() if k not in ("from", "value")}
             speaker = message["from"]
             message = {"role": _SPEAKERS.get(speaker, speaker), "content": message["value"], **rest}
         messages.append({k: v for k, v in message.items() if v is not None or k in ("role", "content")})
     return messages
+
+
+def own_keys(value: Any, feature: Any) -> Any:
+    """A value without the keys that Arrow fills in at any depth; in columns of JSON, None was written there."""
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {k: own_keys(v, feature[k]) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [own_keys(v, _inside(feature)) for v in value]
+    return value
+
+
+def _inside(feature: Any) -> Any:
+    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
 
 
 def role_of(message: Any) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tandem.rl.chat import Scored, assistant_examples, encode, render, with_system_prompt
-from tandem.rl.columns import MESSAGE_COLUMNS, check_columns, plain_messages, role_of, shape_of
+from tandem.rl.columns import MESSAGE_COLUMNS, check_columns, own_keys, plain_messages, role_of, shape_of
 from tandem.rl.errors import UserError, short
 from tandem.rl.samples import Sequence
 
@@ -41,7 +41,7 @@ def load_supervised(
     """
     check_columns(dataset, "sft")
     shape = shape_of(dataset, "sft", "data.dataset_name")
-    rows = [_normalised(row) for row in dataset.with_format(None)]
+    rows = [_normalised(row, dataset.features) for row in dataset.with_format(None)]
     template = _Template(tokenizer, system_prompt, chat_template_kwargs or {})
     if shape == ("text",):
         examples = [(ids, [True] * len(ids)) for ids in encode(tokenizer, [_ended(tokenizer, r["text"]) for r in rows])]
@@ -80,7 +80,7 @@ def load_preferences(
         UserError: a row is wrong (see `check_columns`), its prompt is empty, the template fails, or no pair is left.
     """
     check_columns(dataset, "preference")
-    rows = [_with_prompt(_normalised(row), i) for i, row in enumerate(dataset.with_format(None))]
+    rows = [_with_prompt(_normalised(row, dataset.features), i) for i, row in enumerate(dataset.with_format(None))]
     template = _Template(tokenizer, system_prompt, chat_template_kwargs or {})
     prompts, chosen, rejected = template.split_ids(rows, "chosen", "rejected")
     starts = [min(_common(p, c), _common(p, r)) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
@@ -122,7 +122,7 @@ def load_labelled(
         UserError: a row is wrong (see `check_columns`), the template fails, or no answer is left.
     """
     check_columns(dataset, "labelled")
-    rows = [_normalised(row) for row in dataset.with_format(None)]
+    rows = [_normalised(row, dataset.features) for row in dataset.with_format(None)]
     template = _Template(tokenizer, system_prompt, chat_template_kwargs or {})
     prompts, answers = template.split_ids(rows, "completion")
     starts = [_common(p, a) for p, a in zip(prompts, answers, strict=True)]
@@ -273,9 +273,10 @@ def _with_prompt(row: dict[str, Any], number: int) -> dict[str, Any]:
     return parts
 
 
-def _normalised(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with every list of messages in role/content form."""
-    row = {key: plain_messages(value) if key in MESSAGE_COLUMNS else value for key, value in row.items()}
+def _normalised(row: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with every list of messages in role/content form, and the template's variables as they were written."""
+    row = {key: plain_messages(value, features[key]) if key in MESSAGE_COLUMNS else value for key, value in row.items()}
+    row |= {key: own_keys(row[key], features[key]) for key in ("tools", "chat_template_kwargs") if key in row}
     if "conversations" in row and "messages" not in row:
         row["messages"] = row.pop("conversations")
     return row

@@ -35,7 +35,7 @@ def load_prompts(
     """
     check_columns(dataset, "rl")
     rows = [dict(row) for row in dataset.with_format(None)]
-    prompts = [plain_messages(row.pop("prompt")) for row in rows]
+    prompts = [plain_messages(row.pop("prompt"), dataset.features["prompt"]) for row in rows]
     rendered = not isinstance(prompts[0], str)
     texts = [
         p

@@ -228,7 +228,8 @@ class _DataRows:
     def columns(self, record: dict[str, Any], line: int) -> dict[str, Any]:
         index = record["prompt_index"]
         row = dict(self._rows[index]) if isinstance(index, int) and 0 <= index < len(self._rows) else {}
-        if plain_messages(row.pop("prompt", "")) != plain_messages(record["prompt"]):
+        prompt = plain_messages(row.pop("prompt", ""), self._rows.features.get("prompt"))
+        if prompt != plain_messages(record["prompt"]):
             raise UserError(
                 f"{self._path}, line {line}: its prompt is not that of row {index} of {self._name}",
                 reason="rollouts hold no columns, so these are looked up in the data set",
@@ -258,7 +259,8 @@ def _rows_of_data(config: Config, answers: str | None) -> list[Row]:
     rows = []
     for index, record in enumerate(dict(row) for row in dataset):
         if record[answers] is not None:
-            prompt = Prompt(index, [], plain_messages(record.pop("prompt")), record)
+            messages = plain_messages(record.pop("prompt"), dataset.features["prompt"])
+            prompt = Prompt(index, [], messages, record)
             rows.append(Row(prompt, Completion([], [], False), index, _text(record[answers])))
     if not rows:
         raise UserError(f"the column {answers!r} has no values", fix="name another column with --answers")

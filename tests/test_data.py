@@ -11,6 +11,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import datasets
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -764,6 +765,35 @@ def test_row_variables_and_tools_reach_the_template(tokenizer):
     finally:
         tokenizer.chat_template = kept
     assert [tokenizer.decode(s.prompt_ids).split("|")[0] for s in sequences] == ["calmsum", "glad"]
+
+
+def test_keys_that_only_other_rows_tools_have_do_not_reach_the_template(tokenizer):
+    def row(name: str, argument: str) -> dict:
+        properties = {argument: {"type": "string", "description": "What."}}
+        call = {"type": "function", "function": {"name": name, "arguments": {argument: "x", "limit": None}}}
+        return {
+            "messages": [*say("q"), {"role": "assistant", "content": "", "tool_calls": [call]}, *A],
+            "tools": [{"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}],
+            "chat_template_kwargs": {f"own_{name}": True},
+        }
+
+    kept = tokenizer.chat_template
+    rows = [row("search", "query"), row("weather", "city")]
+    try:
+        tokenizer.chat_template = "{{ [tools, messages[1].tool_calls, own_search is defined] | tojson }}|" + kept
+        structs = datasets.Dataset(datasets.table.InMemoryTable(pyarrow.Table.from_pylist(rows)))
+        as_json = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+        heads = [
+            [tokenizer.decode(s.prompt_ids).split("|")[0] for s in load_supervised(data, tokenizer)[0]]
+            for data in (structs, as_json)
+        ]
+    finally:
+        tokenizer.chat_template = kept
+    assert "city" not in heads[0][0]
+    assert "query" not in heads[0][1]
+    assert [head.endswith("true]") for head in heads[0]] == [True, False]
+    # An Arrow struct does not tell a written None from a key that is another row's; JSON does.
+    assert ["limit" in head for column in heads for head in column] == [False, False, True, True]
 
 
 def test_a_tokenizer_without_end_token_is_refused(tokenizer):
