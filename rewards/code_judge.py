@@ -50,6 +50,8 @@ _PREDICATES = {
     if name.startswith("is") or name in ("startswith", "endswith")
 }
 
+_KINDS = (dict, list, tuple, set, frozenset, str, bytes, int, float, complex)
+
 
 class RemoteError(Exception):
     """An exception of the solution's that is not one of Python's own."""
@@ -60,8 +62,9 @@ class Remote:
 
     It has no arithmetic, no order and no equality of the solution's making: `assert f(x) == 3` or
     `abs(f(x) - 3) < 1e-6` would otherwise hand the verdict to the solution. With `trust_objects`, two objects of the
-    solution's are compared by its own `__eq__`; one of them and plain data never are. What tests ask its methods is the
-    solution's to answer, except for predicates that belong to Python's own types.
+    solution's are compared by its own `__eq__`. With plain data, one of them is compared here, by what it holds as an
+    object of a plain type's subclass (a Counter is a dict, a named tuple a tuple); one of any other class is unequal.
+    What tests ask its methods is the solution's to answer, except for predicates that belong to Python's own types.
     """
 
     def __init__(self, judge: Judge, number: int) -> None:
@@ -117,8 +120,10 @@ class Remote:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        both = isinstance(other, Remote) and self._judge.trust_objects
-        return both and self._judge.expect("equal", bool, self, other)
+        if isinstance(other, Remote):
+            return self._judge.trust_objects and self._judge.expect("equal", bool, self, other)
+        held = self._judge.ask("plain", self) if isinstance(other, _KINDS) else self
+        return not isinstance(held, Remote) and held == other
 
     def __hash__(self) -> int:
         return id(self)
@@ -205,9 +210,9 @@ class Judge:
         if type(value) in (types.FunctionType, types.MethodType):
             self.callbacks.append(value)
             return {"k": len(self.callbacks) - 1}
-        if isinstance(value, (list, tuple, dict, set, str, int, float)):
-            base: Any = next(kind for kind in (list, tuple, dict, set, str, int, float) if isinstance(value, kind))
-            return encode(base(value), self._reference)  # a subclass, such as a Counter
+        if isinstance(value, _KINDS):  # a subclass, such as a Counter
+            base: Any = next(kind for kind in _KINDS if isinstance(value, kind))
+            return encode(base(value), self._reference)
         raise BadValue(f"tests cannot pass {type(value).__name__} to the solution")
 
     def _resolve(self, tag: str, content: Any) -> Any:

@@ -30,7 +30,13 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "equal": lambda left, right: left == right,
     "enter": lambda value: value.__enter__(),
     "exit": lambda value: value.__exit__(None, None, None),
+    "plain": lambda value: value,
+    "call_plain": lambda function, *args: function(*args),
+    "function": lambda module, name: _function(module, name),
 }
+# Their results come as plain data as far as they go, without references to a Counter or a named tuple.
+_PLAIN = ("plain", "call_plain")
+_KINDS: tuple[type, ...] = (dict, list, tuple, set, frozenset, str, bytes, int, float, complex)
 _KEPT = 100_000
 
 
@@ -64,7 +70,7 @@ class Solution:
             args = [self._value(arg) for arg in message["args"]]
             kwargs = {name: self._value(arg) for name, arg in message.get("kwargs", {}).items()}
             value = _OPERATIONS[message["do"]](*args, **kwargs)
-            answer = {"value": encode(_without_numpy(value), self._reference)}
+            answer = {"value": encode(value, self._plain if message["do"] in _PLAIN else self._reference)}
             if value is None:  # changed in place, by convention
                 answer["args"] = [
                     encode(arg, self._reference) if type(arg) in (list, dict, set) else None for arg in args
@@ -73,7 +79,14 @@ class Solution:
         except BaseException as error:  # noqa: BLE001  becomes the answer
             return {"error": type(error).__name__, "text": str(error)[:500]}
 
-    def _reference(self, value: Any) -> dict[str, Any]:
+    def _plain(self, value: Any) -> Any:
+        """What an object of a plain type's subclass holds, and a reference for all others."""
+        kind = next((kind for kind in _KINDS if isinstance(value, kind)), None)
+        return self._reference(value) if kind is None else encode(kind(value), self._plain)
+
+    def _reference(self, value: Any) -> Any:
+        if (scalar := _without_numpy(value)) is not value:
+            return encode(scalar, self._reference)
         if len(self.objects) >= _KEPT:
             raise BadValue("too many objects")
         self.objects.append(value)
@@ -99,6 +112,13 @@ class Solution:
 def _without_numpy(value: Any) -> Any:
     """numpy's scalars as Python's, which is what they are compared with."""
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 else value
+
+
+def _function(module: types.ModuleType, name: str) -> Any:
+    """A function of the program's, or a method of its class `Solution`, which is how LeetCode's tasks are written."""
+    if not hasattr(module, name) and hasattr(module, "Solution"):
+        return getattr(module.Solution(), name)
+    return getattr(module, name)
 
 
 def main(requests: int, replies: int) -> None:

@@ -17,7 +17,8 @@ expected values nor a say. What a program can still do:
 - return values of its choice: a program that knows the tests from elsewhere (its training data) passes them;
 - see the inputs of all cases, also of later ones, and keep state from one case to the next;
 - where tests compare two objects of the program's own classes, only its own `__eq__` can tell; such a comparison fails
-  unless `trust_objects` is set, and with it the program decides. Arithmetic and order on its objects always fail, and
+  unless `trust_objects` is set, and with it the program decides. Objects of a plain type's subclass (a Counter, a named
+  tuple) are compared with plain data as what they hold. Arithmetic and order on its objects always fail, and
   so do `startswith`, `isdigit`, `issubset` and their like; other methods of its objects answer as they please
   (`assert f(x).equals(y)` asks the program), so tests should look at data;
 - a function that works in place (returns None) may change the lists, dicts and sets that it was given, and tests see
@@ -109,7 +110,7 @@ def code_tests(
         tests: one entry per completion, in one of these forms (or one of the structured ones as JSON text):
             a text of tests; a list of such texts; a list of `(stdin, stdout)` pairs or `{"input", "output"}` dicts;
             `{"function": name, "cases": [[arguments, expected], …]}`; `{"inputs", "outputs"}`, with `fn_name` for
-            calls and without for stdin and stdout.
+            calls and without for stdin and stdout. A function may be a method of the program's class `Solution`.
         entry_point: name of the function for `check(candidate)`, one for all or one per completion.
         all_or_nothing: 1.0 if all tests pass, else 0.0.
         whole_text: the program is the whole completion, not a block in it.
@@ -282,8 +283,8 @@ def _requests(test: CallCases) -> bytes:
     """Load the program, look the function up (it becomes object 1), and call it."""
     messages: list[dict[str, Any]] = [
         {"do": "load"},
-        {"do": "get", "args": [{"o": 0}, test.function]},
-        *({"do": "call", "args": [{"o": 1}, *(_plain(arg) for arg in args)]} for args, _ in test.cases),
+        {"do": "function", "args": [{"o": 0}, test.function]},
+        *({"do": "call_plain", "args": [{"o": 1}, *(_plain(arg) for arg in args)]} for args, _ in test.cases),
     ]
     return "".join(json.dumps(message) + "\n" for message in messages).encode()
 

@@ -589,6 +589,42 @@ def test_equality_of_the_programs_own_objects_needs_trust() -> None:
     assert code_tests([block(CLASSES)], tests, trust_objects=True) == [1.0]
 
 
+SUBCLASSES = """
+import collections
+Point = collections.namedtuple("Point", "x y")
+def count(text):
+    return collections.Counter(text)
+def places(text):
+    found = collections.defaultdict(list)
+    for place, letter in enumerate(text):
+        found[letter].append(place)
+    return found
+def point():
+    return Point(1, 2)
+def nested(text):
+    return [point(), {"count": count(text)}]
+"""
+
+
+def test_objects_of_plain_types_subclasses_are_compared_as_what_they_hold() -> None:
+    asserts = [
+        "import collections",
+        "assert count('aab') == {'a': 2, 'b': 1} and {'a': 2, 'b': 1} == count('aab')",
+        "assert count('aab') == collections.Counter('baa') and count('aab').most_common(1) == [('a', 2)]",
+        "assert count('aab') != {'a': 2} and not count('aab') == {'a': 2}",
+        "assert places('aba') == {'a': [0, 2], 'b': [1]}",
+        "assert point() == (1, 2) and point().x == 1 and point() != [1, 2]",
+        "assert nested('aa') == [(1, 2), {'count': {'a': 2}}]",
+    ]
+    calls = {"function": "nested", "cases": [[["aa"], [[1, 2], {"count": {"a": 2}}]], [["aa"], [[1, 2], {}]]]}
+    assert code_tests([block(SUBCLASSES)] * 2, [asserts, calls]) == [1.0, 0.5]
+
+
+def test_calls_may_be_of_a_method_of_solution() -> None:
+    program = block("class Solution:\n    def add(self, a, b):\n        return a + b")
+    assert code_tests([program], [{"fn_name": "add", "inputs": [[1, 2], ["a", "b"]], "outputs": [3, "ab"]}]) == [1.0]
+
+
 def test_tests_that_do_not_call_the_program_do_not_pass() -> None:
     assert code_tests([block("x = 1")], ["assert 1 == 1"]) == [0.0]
     assert code_tests([block("def add(a, b):\n    return a + b")], ["import no_such\nassert add(1, 1) == 2"]) == [0.0]
