@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from tandem.rewards.base import RESERVED, completion_text
 from tandem.rewards.known_answer import no_known_answers
-from tandem.rewards.quantities import close, last_number, unit_of
+from tandem.rewards.quantities import close, last_number, number_of, unit_of
 from tandem.rewards.text_format import boxed_contents
 from tandem.rl.errors import UserError
 
@@ -98,7 +98,7 @@ def math_answer(
         right = units == "ignore" or not (unit := unit_of(known)) or unit_of(said) == unit
         if right and last_number_only and place == "text":
             said, place = last_number(said) or "", "boxed"
-        results.append(float(right and bool(said) and _right(known, said, place, tolerance, limit)))
+        results.append(float(right and bool(said) and _right_quantity(known, said, place, tolerance, limit)))
     return results
 
 
@@ -108,6 +108,7 @@ def extract_answer(text: str, *, boxed_only: bool = False) -> tuple[str, Place] 
     >>> extract_answer(r"<think>\boxed{1}?</think> So \boxed{2}.")
     ('2', 'boxed')
     """
+    text = text.replace("−", "-")  # U+2212, which would be lost before a number
     before, closing, _ = text.rpartition("</answer>")
     _, tagged, content = before.rpartition("<answer>")
     if closing and tagged:
@@ -149,6 +150,14 @@ def _written(gold: Any) -> str:
     if isinstance(gold, (numbers.Real, Decimal)) and math.isfinite(gold):
         return format(Decimal(str(gold)), "f")  # not 1e-07, which mathematics reads as a product
     return ""
+
+
+def _right_quantity(gold: str, answer: str, place: Place, tolerance: float, limit: int | None) -> bool:
+    if _right(gold, answer, place, tolerance, limit):
+        return True
+    # math-verify reads many units as variables, m/s for example; then the numbers alone are compared.
+    known, found = number_of(gold), number_of(answer)
+    return bool(known or found) and _right(known or gold, found or answer, place, tolerance, limit)
 
 
 def _right(gold: str, answer: str, place: Place, tolerance: float, limit: int | None) -> bool:

@@ -12,6 +12,11 @@ _ONLY_QUANTITY = re.compile(rf"\(?(?:{_NUMBER})\)?\s*(?P<unit>[^\W\d_].*|[°%℃
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{?\s*(\d+)\s*\}?\s*\{?\s*(\d+)\s*\}?")
 _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mbox|textrm|mathit|operatorname|rm)(?![A-Za-z])\s*")
 _SPACING = re.compile(r"\\[,;:! ]|~|\\(?:quad|qquad|thinspace)(?![A-Za-z])")
+_MEASURE = (
+    r"(?:[numµμkcdMG]?(?:m|g|s|N|J|W|V|A|Pa|Hz|L|l|mol|eV|Ω)|K|h|hr|min|ft|in|mi|yd|lb|oz|mph|°[CF]?)(?![A-Za-z])"
+    r"(?:\^?-?\d|[²³])?"
+)
+_QUANTITY = re.compile(rf"(?P<number>{_NUMBER})\s+{_MEASURE}(?:\s*[/·*\s]\s*{_MEASURE})*")
 
 
 def last_number(text: str) -> str | None:
@@ -41,6 +46,17 @@ def unit_of(answer: str) -> str:
         return _plain(alone["unit"])
     quantities = list(_WITH_UNIT.finditer(text))
     return _plain(quantities[-1]["unit"]) if quantities else ""
+
+
+def number_of(answer: str) -> str | None:
+    r"""The number of a quantity in units of measurement, None for everything else; `2x` and `2m` are algebra.
+
+    >>> [number_of(a) for a in (r"5\,\text{cm}^2", "9.8 m/s²", "12 kg", "2m", "2 x")]
+    ['5', '9.8', '12', None, None]
+    """
+    text = _SPACING.sub(" ", _TEXT_COMMAND.sub(" ", answer))
+    found = _QUANTITY.fullmatch(re.sub(r"[{}$]", "", text).strip().rstrip("."))
+    return found["number"] if found else None
 
 
 def close(found: float, known: float, tolerance: float) -> bool:
