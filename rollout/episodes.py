@@ -282,7 +282,8 @@ class EpisodeEngine:
         episode.turn_rewards[-1] = answer.reward
         episode.failed_calls += answer.failed_calls
         if answer.done:
-            episode.ending = "done"
+            # Without a `step` that says so, a turn ends the episode by calling nothing, as one that was cut does too.
+            episode.ending = "tokens" if play.last is None and not play.session.steps else "done"
             return "reward"
         if episode.turns >= limits.max_turns:
             episode.ending = "turns"

@@ -444,6 +444,18 @@ def test_limits_on_turns_and_tokens(tokenizer):
     assert cut.num_sampled == 6
 
 
+def test_a_last_turn_that_was_cut_is_not_done(tokenizer):
+    environments = Environments({None: Calculator})
+    endings = [
+        play(tokenizer, Script(tokenizer, count), environments, [{}], max_turn_tokens=limit)[0].completions[0]
+        for limit in (3, 7)
+    ]
+    assert [(e.episode.ending, e.truncated, e.episode.turns) for e in endings] == [
+        ("tokens", True, 1),
+        ("done", False, 1),
+    ]
+
+
 def test_an_episode_beyond_its_time_has_no_further_turn(tokenizer, monkeypatch):
     """Of a clock that every step of the environment puts forward by 100 seconds."""
     late = 0.0
