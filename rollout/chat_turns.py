@@ -58,21 +58,17 @@ class ChatTurns:
         Raises:
             UserError: the template refuses the messages, or changes earlier text when messages are added.
         """
-        before, after = self._pair(messages, tools)
-        place = before.rfind(_MARK) + len(_MARK)
-        ends = [(at, -len(text), token) for token, text in self._stops.items() if (at := before.find(text, place)) >= 0]
-        if not ends:
-            return self._encode(after[len(before) :])
-        start, _, token = min(ends)
-        ids = self._encode(after[start:])
-        if last in self._stops and ids[:1] == [token]:
-            return ids[1:]
-        return ids
+        after, end, token = self._following(messages, tools)
+        ids = self._encode(after[end:])
+        # The model wrote the end itself, perhaps by another of its tokens. In a template whose turns end where the next
+        # one's header begins, that is the header.
+        written = last in self._stops and ids[:1] == [last if token is None else token]
+        return ids[1:] if written else ids
 
-    def _pair(self, messages: Messages, tools: list[dict[str, Any]] | None) -> tuple[str, str]:
-        """The stand-in conversation before and after the messages."""
+    def _following(self, messages: Messages, tools: list[dict[str, Any]] | None) -> tuple[str, int, int | None]:
+        """The stand-in conversation with the messages, where in it the assistant's text ends, and by which token."""
         problem: UserError | None = None
-        for turn in self._stand_ins(str(messages[0].get("role"))):
+        for turn in self._stand_ins(messages):
             conversation: Messages = [{"role": "user", "content": "?"}, turn]
             try:
                 before = self._render(conversation, add_generation_prompt=False, tools=tools)
@@ -80,18 +76,32 @@ class ChatTurns:
             except UserError as error:
                 problem = problem or error
                 continue
-            if _MARK in before and after.startswith(before):
-                return before, after
-            if _MARK in before:
-                problem = _unstable(before, after, messages)
+            if (place := before.rfind(_MARK)) < 0:
+                continue
+            found = [
+                (at, -len(text), token) for token, text in self._stops.items() if (at := before.find(text, place)) >= 0
+            ]
+            start, length, token = min(found, default=(len(before), 0, None))
+            # What the template puts behind the turn where nothing follows (Phi-3: an end of text) is not the turn's.
+            if after.startswith(before[: start - length]):
+                return after, start, token
+            problem = _unstable(before, after, messages)
         assert problem is not None
         raise problem
 
-    def _stand_ins(self, role: str) -> Iterator[dict[str, Any]]:
-        if role == "tool":
-            call = {"type": "function", "id": "call00000", "function": {"name": _MARK, "arguments": {}}}
-            yield {"role": "assistant", "content": self._thought, "tool_calls": [call]}
+    def _stand_ins(self, messages: Messages) -> Iterator[dict[str, Any]]:
+        answered = [m for m in messages if m.get("role") == "tool"]
+        if messages[0].get("role") == "tool":
+            # Some templates write the calls' names into the answers, and some know one call a turn only.
+            calls = [_call(message) for message in answered]
+            for some in [calls, calls[:1]] if calls[1:] else [calls]:
+                yield {"role": "assistant", "content": self._thought, "tool_calls": some}
         yield {"role": "assistant", "content": self._thought + _MARK}
+
+
+def _call(answer: dict[str, Any]) -> dict[str, Any]:
+    function = {"name": answer.get("name") or _MARK, "arguments": {_MARK: 0}}
+    return {"type": "function", "id": answer.get("tool_call_id") or "call00000", "function": function}
 
 
 def _unstable(before: str, after: str, messages: Messages) -> UserError:

@@ -188,6 +188,35 @@ def test_reasoning_that_the_template_keeps_for_tools_and_drops_for_users(tokeniz
         turns.answer(USER, END, None)
 
 
+def test_what_only_the_end_of_a_conversation_has_is_no_rewriting(tokenizer):
+    """Phi-3's template ends every conversation that the model does not continue with an end of text."""
+    ended = CHATML + "{% if not add_generation_prompt %}<s>{% endif %}"
+    assert turns_of(tokenizer, ended).answer(USER, END, None) == turns_of(tokenizer).answer(USER, END, None)
+
+
+def test_answers_bear_the_names_of_their_calls(tokenizer):
+    """As gpt-oss and Gemma 4 write them, from the calls of the turn before."""
+    named = (
+        "{% for m in messages %}{% if m.role == 'tool' %}"
+        "{{ messages[1].tool_calls[loop.index0 - 2].function.name }}: {{ m.content }}"
+        "{% else %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{% endif %}"
+        "<|im_end|>{% endfor %}"
+    )
+    answers = [*TOOL, {"role": "tool", "name": "g", "content": "8"}]
+    assert tokenizer.decode(turns_of(tokenizer, named).answer(answers, END, None)) == "f: 7<|im_end|>g: 8<|im_end|>"
+
+
+def test_a_header_that_ends_the_turn_before_is_not_written_twice(tokenizer):
+    """GLM's turns end where the next one's header begins: the model stops with that header."""
+    heads = (
+        "{% for m in messages %}{{ '<s>' if m.role == 'user' else '<|pad|>' }}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|pad|>{% endif %}"
+    )
+    turns, header = turns_of(tokenizer, heads, ("<s>",)), SPECIAL.index("<s>")
+    assert tokenizer.decode(turns.answer(USER, header, None)) == "go on<|pad|>"
+    assert tokenizer.decode(turns.answer(USER, None, None)) == "<s>go on<|pad|>"
+
+
 def test_template_that_forgets_is_refused(tokenizer):
     with pytest.raises(UserError, match="chat_template"):
         turns_of(tokenizer, FORGETFUL).answer(USER, END, None)
