@@ -13,7 +13,7 @@ import pytest
 import yaml
 from peft import LoraConfig
 from transformers import TrainingArguments
-from trl import GRPOConfig
+from trl import DPOConfig, GRPOConfig, KTOConfig, SFTConfig
 
 from tandem.rl.config import Config
 from tandem.rl.config_file import all_keys, full_name, parse_config
@@ -108,6 +108,10 @@ def read(cell: str) -> float | str:
     return float(cell) if cell[0].isdigit() else cell
 
 
+def lengths(kind: type) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(kind) if field.name == "max_length"]
+
+
 def test_defaults_that_differ_are_as_the_page_says() -> None:
     rows = [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in TEXT.splitlines() if row[:2] == "| "]
     table = {row[0]: row[1:] for row in rows if len(row) == 3}
@@ -118,4 +122,10 @@ def test_defaults_that_differ_are_as_the_page_says() -> None:
     assert (trl_default("save_steps"), trl_default("save_total_limit")) == (500, None)
     assert (ours.checkpoint.save_steps, ours.checkpoint.save_total_limit) == (50, 2)
     assert trl_default("vllm_importance_sampling_mode") == "sequence_mask"
+    assert trl_default("num_generations_eval") is None
+    assert (ours.eval.num_generations, ours.eval.temperature) == (1, 0.0)
+    sft = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
+    assert [read(cell) for cell in table["learning_rate` of SFT"]] == [sft["learning_rate"], ours.optim.learning_rate]
+    assert {field.default for kind in (SFTConfig, DPOConfig, KTOConfig) for field in lengths(kind)} == {1024}
+    assert (ours.model.max_length, sft["assistant_only_loss"], ours.data.assistant_only_loss) == (None, False, True)
     assert ours.algorithm.rollout_correction == "token_truncate"
