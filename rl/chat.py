@@ -170,6 +170,7 @@ def assistant_examples(
     *,
     kwargs: Mapping[str, Any] | None = None,
     row: int | None = None,
+    first: int = 0,
 ) -> list[Scored]:
     """The conversation's tokens, of which only the assistant's turns with their end-of-turn tokens are scored.
 
@@ -195,18 +196,22 @@ def assistant_examples(
     if _GENERATION_TAG.search(_template_text(tokenizer)):
         return [_marked_example(tokenizer, messages, kwargs, row)]
     full = render(tokenizer, messages, kwargs=kwargs, row=row)
-    turns = list(_turns(tokenizer, messages, kwargs, row))
+    turns = list(_turns(tokenizer, messages, kwargs, row, first))
     if all(full.startswith(text) for text, _ in turns):
         return [_example(tokenizer, full, [span for _, span in turns])]
     return [_example(tokenizer, text, [span]) for text, span in turns]
 
 
 def _turns(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, kwargs: Mapping[str, Any] | None, row: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    kwargs: Mapping[str, Any] | None,
+    row: int | None,
+    first: int,
 ) -> Iterator[tuple[str, tuple[int, int]]]:
     """For each assistant turn the text up to its end, and the characters of it that the assistant wrote."""
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if i < first or message["role"] != "assistant":
             continue
         if i == 0:
             raise UserError(

@@ -186,8 +186,15 @@ def _completion_examples(
         if completion_only and assistant_only and any(role_of(m) != "assistant" for m in row["completion"]):
             # Tool output and user turns inside the completion are not the model's to learn.
             head = with_system_prompt(row["prompt"], template.system_prompt)
-            found = assistant_examples(template.tokenizer, head + row["completion"], kwargs=template.kwargs(row), row=i)
-            examples += [(own, [m and t >= start for t, m in enumerate(turn)]) for own, turn in found]
+            found = assistant_examples(
+                template.tokenizer,
+                head + row["completion"],
+                kwargs=template.kwargs(row),
+                row=i,
+                first=len(head),
+            )
+            # Only a whole conversation begins with the prompt as it stands there; marks may score some of it.
+            examples += [(own, [m and (own != ids or t >= start) for t, m in enumerate(turn)]) for own, turn in found]
         else:
             examples.append((ids, mask))
     return examples

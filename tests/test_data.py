@@ -43,6 +43,15 @@ def unmarked(template: str) -> str:
     return template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
 
+def forgetful(template: str) -> str:
+    """The template with the reasoning of all turns but the last dropped, and without markers."""
+    return unmarked(template).replace(
+        "{% for m in messages %}",
+        "{% for m in messages %}{% if m['role'] == 'assistant' and not loop.last %}"
+        "{% set m = {'role': 'assistant', 'content': m['content'].split('|')[-1]} %}{% endif %}",
+    )
+
+
 @pytest.fixture(scope="module", params=[(CHATML, False), (LLAMA3, True)], ids=["chatml", "llama3"])
 def tokenizer(request):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -603,6 +612,24 @@ def test_tool_output_inside_a_completion_carries_no_loss(tokenizer):
     assert all(sequence.mask)
 
 
+def test_turns_of_the_prompt_carry_no_loss_where_history_is_rewritten(tokenizer):
+    """The turn of the prompt is longer as the model wrote it than the prompt is with its reasoning dropped."""
+    kept = tokenizer.chat_template
+    prompt = [*say("two?"), *say("hm" * 50 + "|four", "assistant"), *say("and three?")]
+    completion = [*say("oh|call", "assistant"), *say("secret", "tool"), *say("five", "assistant")]
+    data = datasets.Dataset.from_list([{"prompt": prompt, "completion": completion}])
+    scored = []
+    try:
+        for template in (forgetful(kept), kept):
+            tokenizer.chat_template = template
+            for s in load_supervised(data, tokenizer)[0]:
+                ids = [i for i, m in zip(s.completion_ids, s.mask, strict=True) if m]
+                scored.append(tokenizer.decode(ids, skip_special_tokens=True))
+    finally:
+        tokenizer.chat_template = kept
+    assert scored == ["oh|call", "five", "oh|callfive"]
+
+
 def test_sharegpt_conversations_become_roles(tokenizer):
     speakers = {"user": "human", "assistant": "gpt", "system": "system"}
     rows = supervised_rows("messages")
@@ -623,14 +650,9 @@ def test_examples_without_anything_scored_are_dropped_and_counted(tokenizer):
 
 def test_rewritten_history_becomes_one_example_per_turn(tokenizer, caplog):
     kept = tokenizer.chat_template
-    forgetful = unmarked(kept).replace(
-        "{% for m in messages %}",
-        "{% for m in messages %}{% if m['role'] == 'assistant' and not loop.last %}"
-        "{% set m = {'role': 'assistant', 'content': m['content'].split('|')[-1]} %}{% endif %}",
-    )
     rows = [{"messages": say("a") + say("hm|four", "assistant") + say("b") + say("oh|five", "assistant")}]
     try:
-        tokenizer.chat_template = forgetful
+        tokenizer.chat_template = forgetful(kept)
         sequences, _ = load_supervised(datasets.Dataset.from_list(rows), tokenizer)
     finally:
         tokenizer.chat_template = kept
