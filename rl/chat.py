@@ -82,11 +82,20 @@ def render(
     try:
         return str(
             tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **(kwargs or {})
+                _texts(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **(kwargs or {})
             )
         )
     except Exception as error:  # a template is the user's program: it can raise anything
         raise _template_error(error, messages, row) from error
+
+
+def _texts(messages: Messages) -> Messages:
+    """The messages with lists of text parts as one text: a template may leave such a list out (Qwen3) or print it."""
+
+    def text(content: Any) -> Any:
+        return "".join(part["text"] for part in content) if isinstance(content, list) else content
+
+    return [{**m, "content": text(m["content"])} if "content" in m else m for m in messages]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, rendered: bool = False) -> list[list[int]]:
@@ -268,7 +277,7 @@ def _marked_example(
 ) -> Scored:
     try:
         encoding: Any = tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True, **(kwargs or {})
+            _texts(messages), return_dict=True, return_assistant_tokens_mask=True, **(kwargs or {})
         )
     except Exception as error:  # a template is the user's program: it can raise anything
         raise _template_error(error, messages, row) from error

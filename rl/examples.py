@@ -150,11 +150,14 @@ class _Template:
     ) -> None:
         self.tokenizer, self.system_prompt, self._kwargs = tokenizer, system_prompt, kwargs
 
-    def kwargs(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def kwargs(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
         """The template's variables: the config's, then the row's own."""
-        tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        return {**self._kwargs, **({"tools": tools} if tools else {}), **(row.get("chat_template_kwargs") or {})}
+        tools = _decoded(row, "tools", list, number)
+        return {
+            **self._kwargs,
+            **({"tools": tools} if tools else {}),
+            **(_decoded(row, "chat_template_kwargs", dict, number) or {}),
+        }
 
     def split_ids(self, rows: list[dict[str, Any]], *answers: str) -> list[list[list[int]]]:
         """Token ids of every row's prompt alone, then, for each answer column, of the prompt with that answer."""
@@ -162,7 +165,7 @@ class _Template:
         texts: list[list[str]] = [[] for _ in range(1 + len(answers))]
         for i, row in enumerate(rows):
             if rendered:
-                head, kwargs = with_system_prompt(row["prompt"], self.system_prompt), self.kwargs(row)
+                head, kwargs = with_system_prompt(row["prompt"], self.system_prompt), self.kwargs(row, i)
                 texts[0].append(render(self.tokenizer, head, add_generation_prompt=True, kwargs=kwargs, row=i))
                 full = [render(self.tokenizer, head + row[a], kwargs=kwargs, row=i) for a in answers]
             else:
@@ -189,7 +192,7 @@ def _completion_examples(
             found = assistant_examples(
                 template.tokenizer,
                 head + row["completion"],
-                kwargs=template.kwargs(row),
+                kwargs=template.kwargs(row, i),
                 row=i,
                 first=len(head),
             )
@@ -204,12 +207,12 @@ def _conversation_examples(rows: list[dict[str, Any]], template: _Template, assi
     conversations = [with_system_prompt(row["messages"], template.system_prompt) for row in rows]
     if not assistant_only:
         texts = [
-            render(template.tokenizer, c, kwargs=template.kwargs(r), row=i)
+            render(template.tokenizer, c, kwargs=template.kwargs(r, i), row=i)
             for i, (c, r) in enumerate(zip(conversations, rows, strict=True))
         ]
         return [(ids, [True] * len(ids)) for ids in encode(template.tokenizer, texts, rendered=True)]
     found = [
-        assistant_examples(template.tokenizer, c, kwargs=template.kwargs(r), row=i)
+        assistant_examples(template.tokenizer, c, kwargs=template.kwargs(r, i), row=i)
         for i, (c, r) in enumerate(zip(conversations, rows, strict=True))
     ]
     if split := sum(len(examples) > 1 for examples in found):
@@ -220,6 +223,18 @@ def _conversation_examples(rows: list[dict[str, Any]], template: _Template, assi
             len(found),
         )
     return [example for examples in found for example in examples]
+
+
+def _decoded(row: Mapping[str, Any], column: str, kind: type, number: int) -> Any:
+    """A value that may be given as JSON text, which keeps Arrow from giving it the keys of other rows."""
+    value = row.get(column)
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise UserError(f"row {number}, column {column!r} is no JSON: {error}: {short(value)}") from error
+    if value is not None and not isinstance(value, kind):
+        raise UserError(f"row {number}, column {column!r} is {short(value)}, not a {kind.__name__}")
+    return value
 
 
 def _sequence(ids: list[int], mask: list[bool]) -> Sequence | None:

@@ -93,6 +93,14 @@ def scored_text(tokenizer, ids: list[int], mask: list[bool]) -> list[str]:
     return [tokenizer.decode(run) for run in runs]
 
 
+def test_text_parts_are_the_text_that_they_make():
+    parts = [{"role": m["role"], "content": [{"type": "text", "text": t} for t in m["content"]]} for m in TALK]
+    for template in (LLAMA3, CHATML_SHORT_MARKS):
+        tokenizer = make_tokenizer(template)
+        assert prompt_ids(tokenizer, parts[:1]) == prompt_ids(tokenizer, TALK[:1])
+        assert assistant_examples(tokenizer, parts) == assistant_examples(tokenizer, TALK)
+
+
 def test_string_prompts_get_the_begin_token_and_no_system_prompt():
     tokenizer = make_tokenizer(CHATML, bos=True)
     ids = prompt_ids(tokenizer, "two plus", system_prompt="Be brief.")

@@ -789,6 +789,20 @@ def test_row_variables_and_tools_reach_the_template(tokenizer):
     assert [tokenizer.decode(s.prompt_ids).split("|")[0] for s in sequences] == ["calmsum", "glad"]
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("tools", "[{", "row 0, column 'tools' is no JSON"),
+        ("tools", '{"name": "sum"}', "row 0, column 'tools' is {'name': 'sum'}, not a list"),
+        ("chat_template_kwargs", "[1]", r"row 0, column 'chat_template_kwargs' is \[1\], not a dict"),
+    ],
+)
+def test_template_variables_that_cannot_be_read_are_refused(tokenizer, column, value, words):
+    data = datasets.Dataset.from_list([{"messages": say("a") + A, column: value}])
+    with pytest.raises(UserError, match=words):
+        load_supervised(data, tokenizer)
+
+
 def test_keys_that_only_other_rows_tools_have_do_not_reach_the_template(tokenizer):
     def row(name: str, argument: str) -> dict:
         properties = {argument: {"type": "string", "description": "What."}}
