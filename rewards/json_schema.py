@@ -11,7 +11,11 @@ from typing import Any
 from tandem.rewards.completion import completion_text, final_text
 from tandem.rl.errors import UserError
 
-_BLOCK = re.compile(r"```[ \t]*(?:json|JSON)?[ \t]*\n(.*?)```", re.DOTALL)
+# Blocks of other languages too: what closes one of them must not open the next.
+_BLOCK = re.compile(
+    r"(?:^[ \t]*```[ \t]*(?P<language>[^\s`]*)[^\n`]*|```[ \t]*(?:json|JSON)?[ \t]*\r?)\n(?P<body>.*?)```",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 def json_schema(
@@ -63,7 +67,7 @@ def json_schema(
 def answer_json(text: str) -> str:
     """The part of a completion that should be JSON."""
     text = final_text(text)
-    blocks = _BLOCK.findall(text)
+    blocks = [b["body"] for b in _BLOCK.finditer(text) if (b["language"] or "json").lower() == "json"]
     return (blocks[-1] if blocks else text).strip()
 
 
