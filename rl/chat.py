@@ -206,9 +206,12 @@ def assistant_examples(
         return [_marked_example(tokenizer, messages, kwargs, row)]
     full = render(tokenizer, messages, kwargs=kwargs, row=row)
     turns = list(_turns(tokenizer, messages, kwargs, row, first))
-    if all(full.startswith(text) for text, _ in turns):
-        return [_example(tokenizer, full, [span for _, span in turns])]
-    return [_example(tokenizer, text, [span]) for text, span in turns]
+    # Some templates put more behind a turn that nothing follows (Phi-3: an end of text), which then is not in `full`.
+    inside = [next((end for end in ends if full.startswith(text[:end])), None) for text, _, ends in turns]
+    spans = [(start, end) for (_, start, _), end in zip(turns, inside, strict=True) if end is not None]
+    if len(spans) == len(turns):
+        return [_example(tokenizer, full, spans)]
+    return [_example(tokenizer, text, [(start, ends[0])]) for text, start, ends in turns]
 
 
 def _turns(
@@ -217,8 +220,8 @@ def _turns(
     kwargs: Mapping[str, Any] | None,
     row: int | None,
     first: int,
-) -> Iterator[tuple[str, tuple[int, int]]]:
-    """For each assistant turn the text up to its end, and the characters of it that the assistant wrote."""
+) -> Iterator[tuple[str, int, list[int]]]:
+    """For each assistant turn the text up to its end, and where in it the assistant's own begins and may end."""
     for i, message in enumerate(messages):
         if i < first or message["role"] != "assistant":
             continue
@@ -239,14 +242,18 @@ def _turns(
                 fix="give model.chat_template a template that marks it with {% generation %} … {% endgeneration %}, "
                 "try model.chat_template_kwargs (enable_thinking: false), or set data.assistant_only_loss to false",
             )
-        yield text, (len(before), _turn_end(tokenizer, text))
+        yield text, len(before), _turn_ends(tokenizer, text, len(before))
 
 
-def _turn_end(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """Where the turn ends: behind its end-of-turn token, without the line break that templates put there."""
-    stripped = text.rstrip()
+def _turn_ends(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> list[int]:
+    """Where a turn may end: behind each of its last special tokens, the last one first, without the line break that
+    templates put there."""
+    tokens, ends, stripped = tuple(tokenizer.get_added_vocab()), [], text.rstrip()
+    while len(stripped) > start and (token := next((t for t in tokens if stripped.endswith(t)), None)):
+        ends.append(len(stripped))
+        stripped = stripped[: -len(token)].rstrip()
     # A template without such tokens may end a turn by the line break alone, which then must be learnt.
-    return len(stripped) if stripped.endswith(tuple(tokenizer.get_added_vocab())) else len(text)
+    return ends or [len(text)]
 
 
 def _example(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]) -> Scored:

@@ -101,6 +101,16 @@ def test_text_parts_are_the_text_that_they_make():
         assert assistant_examples(tokenizer, parts) == assistant_examples(tokenizer, TALK)
 
 
+def test_an_end_of_text_behind_the_last_turn_alone_is_no_rewriting():
+    """Phi-3's template."""
+    tokenizer = make_tokenizer(CHATML + "{% if not add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}")
+    ((ids, mask),) = assistant_examples(tokenizer, TALK)
+    ((without, mask_without),) = assistant_examples(make_tokenizer(CHATML), TALK)
+    assert tokenizer.decode(ids) == tokenizer.decode(without) + "<|endoftext|>"
+    # The last turn goes on to the end of text, over the line break before it.
+    assert mask == [*mask_without[:-1], True, True]
+
+
 def test_string_prompts_get_the_begin_token_and_no_system_prompt():
     tokenizer = make_tokenizer(CHATML, bos=True)
     ids = prompt_ids(tokenizer, "two plus", system_prompt="Be brief.")
