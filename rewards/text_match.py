@@ -11,7 +11,8 @@ from tandem.rewards.completion import completion_text, final_text
 from tandem.rewards.known_answer import known_answers
 
 _SPACE = re.compile(r"\s+")
-_WORDS = re.compile(r"\w+")
+# With the sign of a number, but not the hyphen in 3-4.
+_WORDS = re.compile(r"(?<!\w)-(?=\d)\w+|\w+")
 
 
 def exact_match(
@@ -33,7 +34,7 @@ def exact_match(
         answer, solution, ground_truth: the known texts; the first column with a value counts. A list: any of them is
             right. A row without any gets None.
         ignore_case: compare without regard to case.
-        ignore_punctuation: compare letters and digits only, so that `Paris.` is `Paris`.
+        ignore_punctuation: compare letters, digits and the sign of numbers only: `Paris.` is `Paris`, `-5` is not `5`.
 
     Raises:
         UserError: none of the columns exists.
@@ -109,7 +110,7 @@ def common_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
 
 
 def _plain(text: str, ignore_case: bool, ignore_punctuation: bool) -> str:
-    text = unicodedata.normalize("NFKC", text)
+    text = unicodedata.normalize("NFKC", text).replace("−", "-")
     text = text.casefold() if ignore_case else text
     if ignore_punctuation:
         # A text of nothing but punctuation stays what it is: `+` must not equal `-`.
