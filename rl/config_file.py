@@ -14,7 +14,7 @@ from tandem.rl.config import Config
 from tandem.rl.errors import UserError
 from tandem.rl.journal import write_whole
 from tandem.rl.secrets_check import refuse_secrets
-from tandem.rl.sections import PreferenceConfig
+from tandem.rl.sections import PreferenceConfig, Section
 from tandem.rl.trl_keys import INSTEAD
 
 _FUNCTION_LISTS = ("reward_funcs", "watch_funcs")
@@ -68,6 +68,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         UserError: the file is missing or no YAML mapping, or a key or value is wrong.
     """
     path = Path(path)
+    return _checked(_mapping(path), path, overrides)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """What the file holds."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -81,6 +86,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not isinstance(raw, dict):
         what = "is empty" if raw is None else f"holds {type(raw).__name__}"
         raise UserError(f"{path} {what}, not a mapping of sections", fix="start from a file in examples/")
+    return raw
+
+
+def _checked(raw: dict[str, Any], path: Path, overrides: list[str] | None) -> Config:
     for override in overrides or []:
         _apply_override(raw, override)
     return parse_config(_resolve_paths(raw, path.resolve().parent), source=str(path))
@@ -90,14 +99,28 @@ def load_run_config(run_dir: Path, overrides: list[str] | None = None) -> Config
     """The config of a run folder, which may have been moved or renamed since.
 
     Raises:
-        UserError: it is no run folder, or an override is wrong.
+        UserError: it is no run folder, its config is not whole, or an override is wrong.
     """
-    if not (run_dir / "config.yaml").is_file():
+    path = run_dir / "config.yaml"
+    if not path.is_file():
         raise UserError(
             f"{run_dir} is no run folder: it has no config.yaml", fix="give a folder that rl-train run made"
         )
-    config = load_config(run_dir / "config.yaml", overrides)
+    raw = _mapping(path)
+    # What is cut off at the end of a line is valid YAML, and would come back with its defaults.
+    if missing := [name for name in _sections() if name not in raw]:
+        raise UserError(
+            f"{path} is not whole: it lacks {', '.join(missing)}",
+            reason="a run writes every section",
+            fix="put the file back, or start a new run from the config that this one was made from",
+        )
+    config = _checked(raw, path, overrides)
     return config.model_copy(update={"output_dir": str(run_dir.parent), "run_name": run_dir.resolve().name})
+
+
+def _sections() -> list[str]:
+    kinds = {name: field.annotation for name, field in Config.model_fields.items()}
+    return [name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)]
 
 
 def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
