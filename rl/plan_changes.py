@@ -129,7 +129,7 @@ def _tried(plan: Ledger, name: str, changes: dict[str, dict[str, Any]]) -> Chang
     return Change(
         setting=name,
         fits=sized.fits(),
-        longest=after.longest,
+        longest=max(after.longest, sized.longest),
         in_flight=sized.in_flight,
         training=sized.training().bytes,
         rollout=_bytes(sized.rollout()),

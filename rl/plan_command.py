@@ -43,7 +43,7 @@ def plan(config: Config, *, gpu: str | None, host_gib: float | None, as_json: bo
 
 def as_dict(sizing: Sizing) -> dict[str, Any]:
     """Everything in the plan as plain values: bytes, tokens, seconds."""
-    plan, free, longest = sizing.plan, sizing.free, at_longest(sizing)
+    plan, free, roomiest, longest = sizing.plan, sizing.free, sizing.roomiest, at_longest(sizing)
     rollout = plan.rollout()
     return {
         "device": {
@@ -70,9 +70,9 @@ def as_dict(sizing: Sizing) -> dict[str, Any]:
         },
         "chosen": sizing.chosen,
         "reasons": sizing.reasons,
-        "longest": free.longest,
-        "limits": free.limits,
-        "binding": free.binding,
+        "longest": roomiest.longest,
+        "limits": roomiest.limits,
+        "binding": roomiest.binding,
         "in_flight": {"wanted": free.work.in_flight, "fits": free.in_flight} if free.work.generates else None,
         "seconds": plan.seconds,
         "generated": {"tokens": plan.work.generated, "seconds": plan.rollout_seconds} if plan.work.generates else None,
@@ -84,7 +84,7 @@ def as_dict(sizing: Sizing) -> dict[str, Any]:
 
 def show(sizing: Sizing, console: Console, *, engine: str = "") -> None:
     """The plan as tables, and in a sentence whether it fits and how long it takes. `engine`: why it is this one."""
-    plan, free = sizing.plan, sizing.free
+    plan, roomiest = sizing.plan, sizing.roomiest
     console.note(_subject(plan) + (f"\n{engine}" if engine else ""))
     console.table("Device memory, GiB", _memory_rows(plan), ("", "rollout", "training"))
     console.note(f"The peak of training is at: {plan.peak_pack.moment}, with a pack of {plan.pack:,} tokens.")
@@ -96,7 +96,7 @@ def show(sizing: Sizing, console: Console, *, engine: str = "") -> None:
         )
     if sizing.chosen:
         console.table("Sizes that the config leaves open, as a run chooses them here", size_rows(sizing), SIZE_HEADER)
-    console.table("What fits", [*_limit_rows(free), *_longest_rows(sizing)])
+    console.table("What fits", [*_limit_rows(sizing), *_longest_rows(sizing)])
     console.table(
         f"Seconds a step, estimated (all sequences of full length; {plan.work.learned:,} to learn from)",
         _second_rows(plan),
@@ -106,11 +106,17 @@ def show(sizing: Sizing, console: Console, *, engine: str = "") -> None:
     if changes:
         header = ("", "fits", "longest", "at once", "peak, GiB", "seconds")
         now = Change(
-            "as it is", plan.fits(), free.longest, plan.in_flight, plan.training().bytes, _rollout(plan), _total(plan)
+            "as it is",
+            plan.fits(),
+            roomiest.longest,
+            plan.in_flight,
+            plan.training().bytes,
+            _rollout(plan),
+            _total(plan),
         )
         rows = [_change_row(change, plan) for change in (now, *changes[:_SHOWN_CHANGES])]
         console.table("What one change would buy", rows, header)
-    console.note(verdict(plan, free.binding))
+    console.note(verdict(plan, roomiest.binding))
 
 
 def size_rows(sizing: Sizing) -> list[tuple[str, str, str]]:
@@ -167,9 +173,10 @@ def _memory_rows(plan: Ledger) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _limit_rows(plan: Ledger) -> list[tuple[str, str]]:
-    rows = [("longest prompt + completion", f"{plan.longest:,} tokens, limited by {plan.binding}")]
-    rows += [(f"  by {name}", f"{tokens:,}") for name, tokens in plan.limits.items()]
+def _limit_rows(sizing: Sizing) -> list[tuple[str, str]]:
+    plan, roomiest = sizing.free, sizing.roomiest
+    rows = [("longest prompt + completion", f"{roomiest.longest:,} tokens, limited by {roomiest.binding}")]
+    rows += [(f"  by {name}", f"{tokens:,}") for name, tokens in roomiest.limits.items()]
     if plan.work.generates:
         rows.append(
             (
@@ -185,9 +192,9 @@ def at_longest(sizing: Sizing) -> Ledger | None:
     """The plan of a step whose sequences are all as long as the card lets through, by longer prompts; None where that
     is no longer than what is planned for."""
     free, work = sizing.free, sizing.plan.work
-    if not work.generates or free.longest <= work.length:
+    if not work.generates or sizing.roomiest.longest <= work.length:
         return None
-    longest = Longest(free.longest - work.completion, work.completion)
+    longest = Longest(sizing.roomiest.longest - work.completion, work.completion)
     return choose_sizes(free.shape, free.config, free.device, longest=longest).plan
 
 

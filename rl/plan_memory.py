@@ -61,7 +61,9 @@ def linear_bytes(one: Linear, form: str, width: int) -> int:
         return -(-one.elements // 2) + blocks + 4 * -(-blocks // 256) + 4 * (256 + 16 + 1)
     if form == "int4":
         from tandem.kernels.int4_marlin import stored_rows
+        from tandem.rl.weight_formats import Int4Format
 
+        Int4Format().check(one.name, (one.rows, one.columns))
         stored = stored_rows(one.rows, one.columns)
         return stored * one.columns // 2 + stored * (one.columns // 32) * 2
     return one.elements * width

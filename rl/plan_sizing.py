@@ -6,6 +6,7 @@ They decide about memory and speed, never about what is learned. What the config
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from tandem.rl.config import Config
@@ -42,6 +43,12 @@ class Sizing:
     @property
     def config(self) -> Config:
         return self.plan.config
+
+    @cached_property
+    def roomiest(self) -> Ledger:
+        """Of both, the one that lets longer sequences through: left open, offloading takes more of a small host, and
+        the transformers engine more at once, than what is chosen for them."""
+        return max(self.free, self.plan, key=lambda plan: plan.longest)
 
     @property
     def chosen(self) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from tandem.rl import open_model
 from tandem.rl.config import Config
 from tandem.rl.config_file import load_config
 from tandem.rl.console import Console
+from tandem.rl.errors import UserError
 from tandem.rl.packing import pack
 from tandem.rl.plan import MAX_TOKENS, Longest, ledger
+from tandem.rl.plan_command import as_dict, show
 from tandem.rl.plan_devices import CONTEXT, GIB, Device, find_device, gpu_here
 from tandem.rl.plan_models import MODELS
 from tandem.rl.plan_shape import ModelShape, read_shape, shape_of
@@ -363,6 +365,34 @@ def test_examples_of_sft_give_their_own_length(monkeypatch: pytest.MonkeyPatch) 
     data = TrainingData(examples=[Sequence([1], [2], [True]), long])
     made, _ = started(config_of(algorithm={"name": "sft"}), data, monkeypatch, find_device("24", host_gib=64))
     assert made.train.max_tokens == 21_000
+
+
+@pytest.mark.parametrize(
+    ("host", "sections"),
+    [
+        # Offloading, which is left open, would want more of the host than there is.
+        (1, {"algorithm": {"name": "sft"}, "rollout": {"engine": "transformers"}, "data": {"max_prompt_length": 4096}}),
+        # Of a wave, which is left open, the whole batch does not fit.
+        (64, {"rollout": {"engine": "transformers"}, "train": {"generation_batch_size": 4096}}),
+    ],
+)
+def test_what_fits_is_no_longer_than_the_longest_that_fits(
+    qwen: ModelShape, host: float, sections: dict[str, Any]
+) -> None:
+    made = sized(qwen, "h200", host=host, **sections)
+    said = as_dict(made)
+    assert said["fits"]
+    assert said["longest"] >= made.plan.work.length > made.free.longest
+    assert said["longest"] == min(said["limits"].values()) == said["limits"][said["binding"]]
+    out = io.StringIO()
+    show(made, Console(out, out, live=False))
+    assert f"{said['longest']:,} tokens, limited by {said['binding']}" in " ".join(out.getvalue().split())
+
+
+def test_a_model_that_int4_cannot_hold_is_a_user_s_mistake() -> None:
+    shape = shape_of(AutoConfig.for_model("llama", hidden_size=96, num_attention_heads=2, num_hidden_layers=1))
+    with pytest.raises(UserError, match="96 × 96"):
+        sized(shape, "24", model={"weight_format": "int4"})
 
 
 def test_nothing_changes_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
