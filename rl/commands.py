@@ -75,10 +75,10 @@ def resume(
         if distributed.is_main():
             facts = model_facts(config.model)
             changed = other_model(run_dir, config.model, facts, console, accept_changes=accept_changed_model)
-            for change in keep_or_compare(run_dir, inputs.data, accept_changes=accept_changed_data):
+            changes = keep_or_compare(run_dir, inputs.data, accept_changes=accept_changed_data)
+            for change in changes:
                 console.warn(change)
-                unscored_path(run_dir).unlink(missing_ok=True)  # of the old rows
-            if changed:
+            if changed or changes:
                 _forget_generated(run_dir, state)
             keep_model(run_dir, facts)
             save_config(config, run_dir / "config.yaml")
@@ -94,7 +94,7 @@ def resume(
 
 
 def _forget_generated(run_dir: Path, state: State) -> None:
-    """Drop what was generated and not learned from: another model's completions."""
+    """Drop what was generated and not learned from: another model's completions, or scored by other rows."""
     unscored_path(run_dir).unlink(missing_ok=True)
     learned = Mark(state.journal_rollouts, state.journal_bytes)
     RolloutJournal(run_dir, learned, source="").cut(learned)
@@ -148,13 +148,14 @@ def evaluate_run(
     if run_dir:
         other_model(run_dir, config.model, model_facts(config.model), console, accept_changes=accept_changed_model)
     lm, engine, stop, config = open_model(config, inputs, console)
+    checkpoint = latest_checkpoint(run_dir) if run_dir else None
     if run_dir:
-        load_adapter(lm, _adapter_folder(run_dir))
-    step = read_state(c).step if run_dir and (c := latest_checkpoint(run_dir)) else 0
+        load_adapter(lm, checkpoint or _last_adapter(run_dir))
+    step = read_state(checkpoint).step if checkpoint else 0
     metrics, rows = evaluate(
         engine, inputs.data.eval_prompts, inputs.judge, eval_sampling(config, stop), step, config.eval.score
     )
-    if run_dir:
+    if run_dir and checkpoint:  # without one it is not known after which step this is
         write_rollouts(run_dir, step, rows, kind="eval")
     console.print_completions(rows, config.log.num_completions_to_print)
     console.table(
@@ -285,11 +286,10 @@ def _trackers(config: Config, run_dir: Path, resume_step: int | None, console: C
     return Trackers(config, run_dir, resume_step=resume_step, warn=console.warn)
 
 
-def _adapter_folder(run_dir: Path) -> Path:
+def _last_adapter(run_dir: Path) -> Path:
+    """Of a run without checkpoints. Beside one it may be older: a resumed run writes it again only at its end."""
     if (run_dir / "adapter" / "adapter_model.safetensors").is_file():
         return run_dir / "adapter"
-    if checkpoint := latest_checkpoint(run_dir):
-        return checkpoint
     raise UserError(f"{run_dir} has neither an adapter nor a checkpoint yet", fix="evaluate after the first checkpoint")
 
 

@@ -69,8 +69,9 @@ def keep_or_compare(run_dir: Path, data: TrainingData, *, accept_changes: bool =
             reason="the run would go on with other rows than it counted so far",
             fix="put the old data back, start a new run, or say that this is meant: rl-train resume --changed-data",
         )
-    if before is None or differences:
-        write_whole(path, (json.dumps(own, indent=2) + "\n").encode("ascii"))
+    # What was switched on since is recorded from now on, and what was switched off stays known.
+    if (known := {**(before or {}), **own}) != before:
+        write_whole(path, (json.dumps(known, indent=2) + "\n").encode("ascii"))
     return differences
 
 

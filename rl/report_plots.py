@@ -286,7 +286,7 @@ def _distribution(records: Records) -> Chart:
 
 
 def _time_chart(records: Records) -> Chart:
-    """Seconds of each step, stacked by what they were spent on; bars of long runs are means over several steps."""
+    """Seconds of each record, stacked by what they were spent on; bars of long runs are means over several steps."""
     bins = time_bins(records, _MAX_BARS)
     largest = sorted(bins.seconds, key=lambda name: -sum(bins.seconds[name]))
     named = [name for name in PARTS if name in largest[:6] and name != IDLE]
@@ -303,7 +303,7 @@ def _time_chart(records: Records) -> Chart:
                 bottom = [a + b for a, b in zip(bottom, values, strict=True)]
         axes.legend(frameon=False, fontsize=8, labelcolor=theme.ink, loc="best", ncols=2)
 
-    note = "seconds per step" + (f", means over {bins.width:.0f} steps" if bins.width > 1 else "")
+    note = "seconds from record to record" + (f", means over {bins.width:.0f} steps" if bins.width > 1 else "")
     return _chart("time", "Where the time goes", note, draw)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,6 +81,11 @@ class StepClock:
         self._mark()
         seconds, self._seconds = self._seconds, {}
         return {name: seconds[name] for name in PARTS if name in seconds}
+
+    def record(self) -> dict[str, float]:
+        """A lap as metrics: `step_time`, which is all since the last record, and `time/PART`."""
+        seconds = self.lap()
+        return {"step_time": math.fsum(seconds.values())} | {f"time/{name}": s for name, s in seconds.items()}
 
     def _mark(self) -> None:
         now = self._now()

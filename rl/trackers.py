@@ -41,7 +41,7 @@ class Trackers:
         run_dir: the run folder, made if it is missing.
         resume_step: the step that the run resumes from. Lines of `metrics.jsonl` after it are removed, so that an
             interrupted and resumed run leaves the same file as one that ran through, and the wandb run of before is
-            continued. None: a fresh run.
+            continued. The summary of an earlier end goes: it is that of fewer steps. None: a fresh run.
         warn: told once about each kind of trouble; None: printed to stderr.
         wandb: a module to use in place of the installed `wandb`.
         timeout: seconds that wandb has to come up before the run is kept offline, and `close` waits for it to send what
@@ -67,6 +67,8 @@ class Trackers:
         module = (wandb or _import_wandb()) if wanted else None
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self._file = _open_metrics(self._run_dir / "metrics.jsonl", resume_step, warn)
+        if resume_step is not None:
+            (self._run_dir / "summary.json").unlink(missing_ok=True)
         self._wandb = _Wandb(module, config, self._run_dir, resume_step is not None, warn, timeout) if module else None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -173,11 +173,14 @@ class Trainer:
             with self._undoable():
                 metrics = self._timed(iteration)
             if self._due(before, config.log.logging_steps) or state.step >= self.total_steps:
+                metrics |= self._clock.record() | self.memory.lap()
                 with self._clock.part("log"):
                     self._trackers.log(state.step, metrics)
                     self._console.step(state.step, metrics)
+            # Known before the run may stop, so that a resumed one takes it.
+            state.evaluating = bool(config.eval.eval_steps and self._due(before, config.eval.eval_steps))
             self._stop_if_nothing_is_learned(metrics)
-            if config.eval.eval_steps and self._due(before, config.eval.eval_steps):
+            if state.evaluating:
                 with self._clock.part("evaluate"):
                     self._evaluate()
             if config.checkpoint.save_steps and self._due(before, config.checkpoint.save_steps):
@@ -481,7 +484,7 @@ class Trainer:
         return self._state.step // every > before // every
 
     def _timed(self, iteration: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """The iteration's metrics with its tokens per second, and the time since the last record, whole and by part."""
+        """The iteration's metrics with its tokens per second."""
         tokens, started = self._state.num_tokens, time.perf_counter()
         metrics = iteration()
         elapsed = time.perf_counter() - started
@@ -490,7 +493,4 @@ class Trainer:
         metrics["perf/throughput"] = (self._state.num_tokens - tokens) / elapsed
         if self._state.halved:
             metrics["memory/halved"] = float(self._state.halved)
-        parts = self._clock.lap()
-        metrics["step_time"] = math.fsum(parts.values())
-        metrics |= {f"time/{name}": seconds for name, seconds in parts.items()}
-        return metrics | self.memory.lap()
+        return metrics

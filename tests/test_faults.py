@@ -308,6 +308,8 @@ def test_a_run_that_learns_nothing_stops_with_a_diagnosis(bench: Bench, loss: st
     assert damage(checkpoint) is None
     bench.resumed(run, "algorithm.loss=null")
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "eval/score" in r] == [0, 4, 6], "what was due when it stopped is made up for"
 
 
 # --- the world around -------------------------------------------------------------------------------------------------
@@ -327,10 +329,50 @@ def test_changed_data_are_refused_with_both_fingerprints(bench: Bench) -> None:
         assert hashes[0] != hashes[1] == before
         assert "data.dataset_name" in said
         assert "--changed-data" in said
-        assert "have changed" in bench.resumed(run, "--changed-data")
+        said = bench.resumed(run, "--changed-data", patch=COUNT_GENERATIONS)
+        assert "have changed" in said
+        assert len(re.findall(r"GENERATES \d", said)) == 1, "what the old rows were scored by is not learned from"
         assert "resuming" in bench.resumed(run, "train.max_steps=7"), "the new data are the run's own now"
     finally:
         (bench.folder / "prompts.jsonl").write_text(rows)
+
+
+def test_data_that_are_switched_on_later_are_known_from_then_on(bench: Bench) -> None:
+    run = bench.copy("switched_on")
+    recorded = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps({"data": recorded["data"]}))
+    bench.resumed(run, "eval.dataset_name=null", "warmup.max_steps=0")
+    bench.resumed(run, f"eval.dataset_name={bench.folder / 'held_out.jsonl'}")
+    held_out = (bench.folder / "held_out.jsonl").read_text()
+    try:
+        write_lines(bench.folder / "held_out.jsonl", [{"prompt": "w9"}])
+        assert "eval.dataset_name have changed" in bench.resumed(run, code=2)
+    finally:
+        (bench.folder / "held_out.jsonl").write_text(held_out)
+
+
+def test_a_run_that_goes_on_has_not_ended(bench: Bench) -> None:
+    """Killed on the way to more steps: what is left of its first end is not taken for what it is now."""
+    run = bench.copy("goes_on")
+    code, said = bench.server.run("resume", run, "train.max_steps=12", "checkpoint.save_steps=2", kill_at=60)
+    assert code == -9, said
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    assert newest.name > "step_000006"
+    code, said = bench.server.run("report", run)
+    assert code == 0, said
+    assert "of 12</div>" in (run / "report.html").read_text()
+    old = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    for path in newest.iterdir():
+        if path.suffix == ".safetensors" and path.name.startswith("adapter"):
+            assert path.read_bytes() != old
+    code, said = bench.server.run("eval", run)
+    assert code == 0, said
+    lines = (run / "rollouts" / f"eval_{newest.name.removeprefix('step_')}.jsonl").read_text().splitlines()
+    # The same completions from a run that has nothing but the newest checkpoint.
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    assert bench.server.run("eval", run)[0] == 0
+    again = run / "rollouts" / f"eval_{newest.name.removeprefix('step_')}.jsonl"
+    assert again.read_text().splitlines() == lines
 
 
 @pytest.fixture

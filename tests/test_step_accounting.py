@@ -156,6 +156,10 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def finished(place: Path) -> tuple[Path, float]:
     """A run of four steps with a checkpoint and an evaluation after the second, and its wall time in `Trainer.fit`."""
+    return timed_run(place)
+
+
+def timed_run(place: Path, **log: Any) -> tuple[Path, float]:
     config = Config.model_validate(
         {
             "output_dir": str(place / "runs"),
@@ -168,6 +172,7 @@ def finished(place: Path) -> tuple[Path, float]:
             "algorithm": {"beta": 0.01},
             "train": {"max_steps": 4, "generation_batch_size": 16},
             "checkpoint": {"save_steps": 2},
+            "log": log,
         }
     )
     seconds = 0.0
@@ -184,7 +189,7 @@ def finished(place: Path) -> tuple[Path, float]:
         patch.setattr(open_model, "open_engine", lambda wanted, lm, **_: SlowEngine(lm))
         patch.setattr(commands.Trainer, "fit", timed)
         assert commands.run(config, dry_run=False, console=Console(io.StringIO(), io.StringIO(), live=False))
-    return config.run_dir, seconds
+    return sorted(config.run_dir.parent.iterdir(), key=lambda run: run.stat().st_mtime)[-1], seconds
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
@@ -228,6 +233,18 @@ def test_what_follows_a_record_is_in_the_next_one(finished):
     assert ["evaluate" in n for n in names] == [False, False, True, False]
     evaluation = parts(steps(finished[0])[2])["evaluate"]
     assert evaluation >= SLEEPS["wake"] + SLEEPS["generate"] + SLEEPS["reward"] + SLEEPS["sleep"] - 1e-3
+
+
+def test_no_time_is_lost_where_steps_have_no_record(place):
+    run, wall = timed_run(place, logging_steps=3)
+    records = steps(run)
+    assert [record["step"] for record in records] == [3, 4]
+    for record, count in zip(records, (3, 1), strict=True):
+        assert sum(parts(record).values()) == pytest.approx(record["step_time"], rel=1e-9)
+        for name, seconds in SLEEPS.items():
+            assert count * (seconds - 1e-3) <= parts(record)[name], name
+    assert {"evaluate", "checkpoint"} <= set(parts(records[0]))
+    assert wall / 2 < sum(record["step_time"] for record in records) < wall
 
 
 # --- shown ------------------------------------------------------------------------------------------------------------
