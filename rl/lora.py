@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,12 @@ def save_adapter(language_model: LanguageModel, folder: Path) -> None:
     language_model.model.save_pretrained(str(folder), save_embedding_layers=False)
     # peft writes a model card in which nothing is filled in.
     (folder / "README.md").unlink(missing_ok=True)
+    # peft keeps these names as a set, whose order differs from process to process.
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def load_adapter(language_model: LanguageModel, folder: Path) -> None:

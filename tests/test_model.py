@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -120,6 +121,14 @@ def test_peft_loads_the_saved_adapter(folder, tmp_path):
     fresh = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path)
     assert (logits(fresh) - logits(AutoModelForCausalLM.from_pretrained(folder))).abs().max() > 1e-3
     torch.testing.assert_close(logits(fresh), logits(lm.model), rtol=0, atol=1e-6)
+
+
+def test_the_files_of_an_adapter_do_not_depend_on_the_process(folder, tmp_path):
+    lm = load(folder)
+    names = [f"layer{i}" for i in range(40)]
+    lm.model.peft_config["default"].target_modules = set(names)  # its order is that of this process
+    save_adapter(lm, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == sorted(names)
 
 
 def test_an_adapter_of_another_shape_is_refused(folder, tmp_path):
