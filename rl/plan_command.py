@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from tandem.rl.config import Config
@@ -132,7 +133,7 @@ def _changes(sizing: Sizing) -> list[Change]:
 def _device(gpu: str | None, host_gib: float | None) -> Device:
     import psutil
 
-    if host_gib is not None and host_gib < 0:
+    if host_gib is not None and not 0 <= host_gib < math.inf:
         raise UserError(f"--host-gib is {host_gib:g}", fix="give the machine's memory in GiB")
     host = psutil.virtual_memory().total / GIB if host_gib is None else host_gib
     return local_device(host_gib=host) if gpu is None else find_device(gpu, host_gib=host)

@@ -246,7 +246,10 @@ def _against(plan: Ledger, other: Ledger, label: str) -> str:
         return f"{label} training needs {need:.2f} GiB of {have:.2f}"
     if _seconds(other) == _seconds(plan):
         return f"{label} an update is no faster"
-    return f"{label} an update takes {_seconds(other)} s in place of {_seconds(plan)}"
+    text = f"{label} an update takes {_seconds(other)} s in place of {_seconds(plan)}"
+    if other.update_seconds < plan.update_seconds:  # what the slower one was taken for
+        text += f", for {(other.training().bytes - plan.training().bytes) / GIB:.2f} GiB more"
+    return text
 
 
 def _seconds(plan: Ledger) -> str:

@@ -560,6 +560,9 @@ def test_mistakes_are_told(place: Path, capsys: pytest.CaptureFixture[str], monk
     config = str(place / "run.yaml")
     assert (done := run(capsys, monkeypatch, config, "--gpu", "4080ti"))[0] == 2
     assert "nearest names are 4080" in done[2]
+    for host in ("-1", "nan", "inf"):
+        assert (done := run(capsys, monkeypatch, config, "--gpu", "24", "--host-gib", host))[0] == 2
+        assert f"--host-gib is {host}" in done[2]
     assert (done := run(capsys, monkeypatch, config, "--gpu", "h100", "model.model_name_or_path=nobody/nothing"))[
         0
     ] == 2

@@ -389,6 +389,23 @@ def test_what_fits_is_no_longer_than_the_longest_that_fits(
     assert f"{said['longest']:,} tokens, limited by {said['binding']}" in " ".join(out.getvalue().split())
 
 
+def test_a_reason_does_not_speak_for_the_other_value() -> None:
+    """Attention's output is computed again, faster though it would be to save it: for what memory, is said."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+    widths = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "vocab_size": 256_000}
+    shape = shape_of(AutoConfig.for_model("gemma2", sliding_window=4096, **heads, **widths))
+    sections = {"algorithm": {"name": "sft"}, "data": {"max_prompt_length": 4096}, "lora": {"r": 64}}
+    made = sized(shape, "3090", host=1, model={"load_in_4bit": False, "dtype": "float32"}, **sections)
+    assert made.chosen["train.attention_memory"] == "recompute"
+    said = re.fullmatch(
+        r"with save an update takes ([\d.]+) s in place of ([\d.]+), for ([\d.]+) GiB more",
+        made.reasons["train.attention_memory"],
+    )
+    assert said is not None
+    assert float(said[1]) < float(said[2])
+    assert float(said[3]) > 0
+
+
 def test_a_model_that_int4_cannot_hold_is_a_user_s_mistake() -> None:
     shape = shape_of(AutoConfig.for_model("llama", hidden_size=96, num_attention_heads=2, num_hidden_layers=1))
     with pytest.raises(UserError, match="96 × 96"):
