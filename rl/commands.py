@@ -11,7 +11,7 @@ from typing import Any
 from tandem.rl import distributed
 from tandem.rl.checkpoint import State, latest_checkpoint, read_state, restore, whole_checkpoint
 from tandem.rl.config import Config
-from tandem.rl.config_file import save_config
+from tandem.rl.config_file import load_run_config, save_config
 from tandem.rl.console import Console
 from tandem.rl.data_identity import keep_or_compare
 from tandem.rl.errors import UserError
@@ -147,6 +147,7 @@ def evaluate_run(
     inputs = prepare(config, console)
     if run_dir:
         other_model(run_dir, config.model, model_facts(config.model), console, accept_changes=accept_changed_model)
+    own = run_dir is not None and config == load_run_config(run_dir)
     lm, engine, stop, config = open_model(config, inputs, console)
     checkpoint = latest_checkpoint(run_dir) if run_dir else None
     if run_dir:
@@ -155,8 +156,11 @@ def evaluate_run(
     metrics, rows = evaluate(
         engine, inputs.data.eval_prompts, inputs.judge, eval_sampling(config, stop), step, config.eval.score
     )
-    if run_dir and checkpoint:  # without one it is not known after which step this is
+    # Without a checkpoint it is not known after which step this is, and other data are no evaluation of the run's own.
+    if run_dir and checkpoint and own:
         write_rollouts(run_dir, step, rows, kind="eval")
+    elif run_dir:
+        console.note("the completions are not kept in the run folder, beside those of the run's own evaluations")
     console.print_completions(rows, config.log.num_completions_to_print)
     console.table(
         f"Held-out evaluation of {run_dir or config.model.model_name_or_path}",

@@ -375,6 +375,18 @@ def test_a_run_that_goes_on_has_not_ended(bench: Bench) -> None:
     assert again.read_text().splitlines() == lines
 
 
+def test_an_evaluation_on_other_data_is_not_the_run_s_own(bench: Bench) -> None:
+    run = bench.copy("other_eval")
+    kept = {path.name: path.read_bytes() for path in (run / "rollouts").iterdir()}
+    code, said = bench.server.run("eval", run, f"eval.dataset_name={bench.folder / 'prompts.jsonl'}")
+    assert code == 0, said
+    assert "not kept" in said
+    assert {path.name: path.read_bytes() for path in (run / "rollouts").iterdir()} == kept
+    (run / "rollouts" / "eval_000006.jsonl").unlink()
+    assert bench.server.run("eval", run)[0] == 0
+    assert {path.name: path.read_bytes() for path in (run / "rollouts").iterdir()} == kept
+
+
 @pytest.fixture
 def other_weights(bench: Bench) -> Iterator[str]:
     """Other weights under the path that the runs know; gives what was recorded of the ones before."""
