@@ -73,7 +73,8 @@ class Trackers:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step. Numbers that are not finite become null in the file."""
-        record = {"step": int(step)} | {name: _json_number(value) for name, value in metrics.items()}
+        # A reward may log a metric of that name; a resumed run and the report go by the step.
+        record = {"step": int(step)} | {name: _json_number(v) for name, v in metrics.items() if name != "step"}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:

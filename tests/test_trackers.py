@@ -211,6 +211,17 @@ def test_resumed_file_equals_an_uninterrupted_one(tmp_path):
     assert not list((tmp_path / "cut").glob("*.tmp"))
 
 
+def test_a_metric_named_step_is_not_the_step(tmp_path):
+    with Trackers(make_config(), tmp_path) as trackers:
+        trackers.log(3, {"step": 0.5, "loss": 1.0})
+    path = tmp_path / "metrics.jsonl"
+    assert json.loads(path.read_text()) == {"step": 3, "loss": 1.0}
+    said: list[str] = []
+    Trackers(make_config(), tmp_path, resume_step=3, warn=said.append).close()
+    assert json.loads(path.read_text())["step"] == 3
+    assert not said
+
+
 def test_resume_removes_a_torn_line_even_where_nothing_else_goes(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a"')
