@@ -337,6 +337,7 @@ def test_changed_data_are_refused_with_both_fingerprints(bench: Bench) -> None:
         (bench.folder / "prompts.jsonl").write_text(rows)
 
 
+@pytest.mark.injects(0)
 def test_data_that_are_switched_on_later_are_known_from_then_on(bench: Bench) -> None:
     run = bench.copy("switched_on")
     recorded = json.loads((run / "data.json").read_text())
@@ -375,6 +376,7 @@ def test_a_run_that_goes_on_has_not_ended(bench: Bench) -> None:
     assert again.read_text().splitlines() == lines
 
 
+@pytest.mark.injects(0)
 def test_an_evaluation_on_other_data_is_not_the_run_s_own(bench: Bench) -> None:
     run = bench.copy("other_eval")
     kept = {path.name: path.read_bytes() for path in (run / "rollouts").iterdir()}
