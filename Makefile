@@ -37,7 +37,7 @@ demo: $(VENV)/.demo ## train a small model with GRPO on this machine (two minute
 
 test: $(VENV)/.test ## the test suite, without a network
 	@echo '==> tests: $(JOBS) processes, one thread each'
-	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: lint types ## style, format, types and tests: what a change must pass
 	@$(MAKE) --no-print-directory test

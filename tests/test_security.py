@@ -259,9 +259,9 @@ def test_a_run_name_is_no_path(name: str) -> None:
 
 def test_a_run_folder_s_name_in_its_config_counts_for_nothing(tmp_path: Path) -> None:
     """A run folder from elsewhere writes where it lies, whatever its config says."""
-    from tandem.rl.config_file import load_run_config
+    from tandem.rl.config_file import load_run_config, save_config
 
     run = tmp_path / "foreign"
     run.mkdir()
-    (run / "config.yaml").write_text(yaml.safe_dump({**BASE, "output_dir": "/etc", "run_name": "cron.d"}))
+    save_config(parse_config({**BASE, "output_dir": "/etc", "run_name": "cron.d"}), run / "config.yaml")
     assert load_run_config(run).run_dir == run
