@@ -54,9 +54,18 @@ RUNS = {
         "algorithm": {"beta": 0.05, "num_iterations": 2, "scale_rewards": "batch", "entropy_coef": 0.01},
         "train": {"generation_batch_size": 12, "max_steps": 4},
     },
+    # Of some batches nothing is left to learn from: neither momentum nor decay may move the weights then.
     "kl_in_reward": {
-        "algorithm": {"beta": 0.05, "kl_estimator": "k1", "top_entropy_quantile": 0.5, "drop_uniform_groups": True},
-        "train": {"generation_batch_size": 12, "max_steps": STEPS},
+        "algorithm": {
+            "beta": 0.05,
+            "kl_estimator": "k1",
+            "top_entropy_quantile": 0.5,
+            "drop_uniform_groups": True,
+            "loss_type": "dr_grpo",
+        },
+        "rewards": {"reward_funcs": ["reward.py:rare"]},
+        "train": {"generation_batch_size": 12, "steps_per_generation": 3, "max_steps": 6},
+        "optim": {"learning_rate": 0.01, "weight_decay": 0.5},
     },
     # Tries of one and two groups among them, so that a rank has nothing to generate; most groups have no signal.
     "dynamic_sampling": {
@@ -64,13 +73,6 @@ RUNS = {
         "rewards": {"reward_funcs": ["reward.py:rare"]},
         "data": {"dataset_name": "rows.jsonl", "curriculum": {"enabled": True, "retry_probability": 0.5}},
         "train": {"generation_batch_size": 12, "max_steps": 4},
-    },
-    # Of some batches nothing is left to learn from: neither momentum nor decay may move the weights then.
-    "left_out": {
-        "algorithm": {"drop_uniform_groups": True, "loss_type": "dr_grpo"},
-        "rewards": {"reward_funcs": ["reward.py:rare"]},
-        "train": {"generation_batch_size": 12, "steps_per_generation": 3, "max_steps": 6},
-        "optim": {"learning_rate": 0.01, "weight_decay": 0.5},
     },
     "online_dpo": {
         "algorithm": {"name": "online_dpo"},
