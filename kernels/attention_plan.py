@@ -153,7 +153,7 @@ def rounded_plan(layout: PackLayout, device: torch.device, unit: int) -> Plan | 
     """
 
     def up(longest: int) -> int:
-        return -(-longest // unit) * unit
+        return ceil_div(longest, unit) * unit
 
     def make() -> Plan:
         made = _plan(layout.families, None, device)

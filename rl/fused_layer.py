@@ -8,6 +8,7 @@ stay on it too. The backward pass is written by hand, in `tandem.rl.layer_run`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from tandem.rl.config import TrainConfig
 from tandem.rl.errors import UserError
 from tandem.rl.families import Layer, ModelSpec, Norm, describe
 from tandem.rl.layer_graphs import LayerGraphs, Recorder, Ropes, Stack
-from tandem.rl.layer_ops import LoraGrads, Rope
+from tandem.rl.layer_ops import LoraGrads
 from tandem.rl.layer_run import LayerRun, norm_backward, normed
 from tandem.rl.model import LanguageModel
 from tandem.rl.offload import HostStore, Store, fits, free_on, goes_to_host, layers_beside
@@ -164,9 +165,8 @@ class FusedLayers:
         h = spec.backbone.embed_tokens(input_ids[None])[0]
         rows, first = h.shape[0], spec.layer(0)
         kept = self._weights if self._weights.begin(first, spec.num_layers, h.dtype) else None
-        alike = None
-        if kept is not None and plan.recorded and torch.is_grad_enabled() and not h.requires_grad:
-            alike = made_alike(layout, h.device)
+        layers = None if kept is None else self._layers_to_record(h)
+        alike = None if layers is None else made_alike(layout, h.device)
         if alike is not None:
             h, position_ids, layout = alike.padded(h), alike.padded(position_ids), alike.layout
         rope = spec.rope(h, position_ids)
@@ -174,18 +174,18 @@ class FusedLayers:
         groups = plan.groups_for(h.shape[0], first.kv_heads)
         inputs = kept is not None and plan.projections == "auto"
         self.layers_kept = self._layers_to_keep(h, spec.num_layers, first, inputs) if torch.is_grad_enabled() else 0
-        if alike is not None and save and store is self.near and self.layers_kept == spec.num_layers:
-            found = self._recorded(alike, h, rope, groups, inputs)
+        make = partial(LayerRun, layout=layout, tile_rows=plan.tile_rows, groups=groups, keep_inputs=inputs, kept=kept)
+        whole = save and store is self.near and self.layers_kept == spec.num_layers
+        if layers is not None and alike is not None and whole:
+            stack = Stack(layers, spec.final_norm(), plan.tile_rows, partial(make, keep=True))
+            found = self._recorded(alike, h, rope, stack, inputs)
             if found is not None:
                 return found[:rows]
         for index in range(spec.num_layers):
             # Read as late as this, so that the device has work meanwhile.
             layer = spec.layer(index)
             keep = index >= spec.num_layers - self.layers_kept
-            run = LayerRun(
-                layer, rope[layer.rope], layout,
-                tile_rows=plan.tile_rows, groups=groups, keep=keep, keep_inputs=inputs, kept=kept,
-            )  # fmt: skip
+            run = make(layer, rope[layer.rope], keep=keep)
             parameters = layer.parameters
             if torch.is_grad_enabled() and (h.requires_grad or any(p.requires_grad for p in parameters)):
                 h = _LayerNode.apply(h, run, store, save, *parameters)
@@ -194,25 +194,24 @@ class FusedLayers:
         out: torch.Tensor = _NormNode.apply(h, spec.final_norm(), plan.tile_rows)
         return out if alike is None else out[:rows]
 
-    def _recorded(self, alike: Alike, h: torch.Tensor, rope: Ropes, groups: int, inputs: bool) -> torch.Tensor | None:
-        """The padded pack through a recording, where there is one of its kind and the layers allow it."""
-        spec, plan = self._spec, self.plan
-        assert spec is not None
-        layers = spec.layers()
-        if len(layers) * _kept_bytes(h, layers[0], inputs) > MOST_RECORDED_BYTES:
+    def _layers_to_record(self, h: torch.Tensor) -> list[Layer] | None:
+        """All layers, where a pass is to be recorded and they allow it."""
+        assert self._spec is not None
+        if not self.plan.recorded or not torch.is_grad_enabled() or h.requires_grad:
             return None
-        if self._recorder is None and not all(_recordable(layer, h) for layer in layers):
+        if self._graphs is not None and self._graphs.off:
             return None
+        layers = self._spec.layers()
+        allowed = self._recorder is not None or all(_recordable(layer, h) for layer in layers)
+        return layers if allowed else None
 
-        def make(layer: Layer, rope: Rope, layout: PackLayout) -> LayerRun:
-            return LayerRun(
-                layer, rope, layout,
-                tile_rows=plan.tile_rows, groups=groups, keep=True, keep_inputs=inputs, kept=self._weights,
-            )  # fmt: skip
-
+    def _recorded(self, alike: Alike, h: torch.Tensor, rope: Ropes, stack: Stack, inputs: bool) -> torch.Tensor | None:
+        """The padded pack through a recording, where there is one of its kind and it may stay."""
+        if len(stack.layers) * _kept_bytes(h, stack.layers[0], inputs) > MOST_RECORDED_BYTES:
+            return None
         if self._graphs is None:
             self._graphs = LayerGraphs(h.device, self._weights, self._recorder)
-        return self._graphs.hidden(alike, h, rope, Stack(layers, spec.final_norm(), plan.tile_rows, make))
+        return self._graphs.hidden(alike, h, rope, stack)
 
     def _store_for(self, h: torch.Tensor, num_layers: int, layer: Layer) -> tuple[Store, bool]:
         """Where this pack's layers keep what they keep, and whether attention's output is a part of it."""

@@ -67,12 +67,13 @@ class CudaRecorder:
 
 @dataclass(frozen=True)
 class Stack:
-    """The layers of a pass and how they are run; `make`: a `LayerRun` of a layer that keeps all that it can."""
+    """The layers of a padded pass and how they are run; `make`: a `LayerRun` that keeps all that it can, of a layer and
+    its rotations."""
 
     layers: list[Layer]
     norm: Norm
     tile_rows: int
-    make: Callable[[Layer, Rope, Any], LayerRun]
+    make: Callable[[Layer, Rope], LayerRun]
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -91,12 +92,15 @@ class LayerGraphs:
 
     Args:
         kept: prepared weights, whose memory recordings read. recorder: None: CUDA graphs on `device`.
+
+    Attributes:
+        off: a recording has failed, which was said; no other one is tried.
     """
 
     def __init__(self, device: torch.device, kept: KeptWeights, recorder: Recorder | None = None) -> None:
         self._recorder = recorder or CudaRecorder(device)
         self._kept, self._version = kept, kept.version
-        self._off = False
+        self.off = False
         self._seen: set[tuple[Any, ...]] = set()
         self._records: OrderedDict[tuple[Any, ...], _Record] = OrderedDict()
         self._lease: weakref.ref[_Lease] | None = None
@@ -104,8 +108,6 @@ class LayerGraphs:
     def hidden(self, alike: Alike, h: torch.Tensor, rope: Ropes, stack: Stack) -> torch.Tensor | None:
         """Hidden states `[T, d]` behind the final norm, differentiable in the adapters, of padded rows `h`; None where
         there is no recording yet, or one is under way, and the layers are to be run as usual."""
-        if self._off:
-            return None
         for layer in stack.layers:
             for block in layer.blocks:
                 self._kept.of(block, h.dtype)
@@ -125,7 +127,7 @@ class LayerGraphs:
                 raise
             except RuntimeError as error:
                 warnings.warn(f"passes are not recorded (train.cuda_graphs): {error}", RuntimeWarning, 2)
-                self._off = True
+                self.off = True
                 return None
         self._records.move_to_end(key)
         while len(self._records) > _MOST:
@@ -144,13 +146,13 @@ class _Record:
         self._h, self._out, self._grad = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
         self._rope = {kind: (cos.clone(), sin.clone()) for kind, (cos, sin) in rope.items()}
         # The layout's plan is what attention finds in it: its tensors are this recording's from now on.
-        self._plan, layout = alike.plan, alike.layout
+        self._plan = alike.plan
         parameters = stack.parameters
         self._sizes = [p.numel() for p in parameters]
         self._shapes = [p.shape for p in parameters]
         self._grads = torch.empty(sum(self._sizes), dtype=parameters[0].dtype, device=h.device)
         places = [x.view(s) for x, s in zip(self._grads.split(self._sizes), self._shapes, strict=True)]
-        runs = [stack.make(layer, self._rope[layer.rope], layout) for layer in stack.layers]
+        runs = [stack.make(layer, self._rope[layer.rope]) for layer in stack.layers]
         between: list[tuple[torch.Tensor, Any, Any]] = []
         last: list[torch.Tensor] = []
 

@@ -16,7 +16,7 @@ from tandem.rl.model import LanguageModel, check_packing, load_model
 from tandem.rl.packing import default_max_tokens
 from tandem.rl.plan import changed
 from tandem.rl.plan_command import SIZE_HEADER, size_rows, summary, verdict
-from tandem.rl.plan_devices import gpu_here
+from tandem.rl.plan_devices import Device, gpu_here
 from tandem.rl.plan_engine import engine_of_auto
 from tandem.rl.plan_shape import read_shape
 from tandem.rl.plan_sizing import Sizing, choose_sizes
@@ -70,12 +70,14 @@ def open_model(
     return lm, with_environments(engine, config, inputs, ends, longest), stop, config
 
 
-def sized(config: Config, engine: str, inputs: Inputs, console: Console) -> Config:
+def sized(config: Config, engine: str, inputs: Inputs, console: Console, device: Device | None = None) -> Config:
     """Sizes that the config leaves open, chosen from the plan on a GPU and told; on a CPU nothing is.
+
+    `device`: the card to choose for; None: the one that is here.
 
     They are chosen anew at every start and not kept in the run's config, so that a run may go on on another card.
     """
-    sizing = _sizing_here(config, engine, inputs, console)
+    sizing = _sizing(config, engine, inputs, console, device)
     if sizing is None:
         return config
     device = sizing.plan.device
@@ -87,7 +89,7 @@ def sized(config: Config, engine: str, inputs: Inputs, console: Console) -> Conf
 
 def show_sizes(config: Config, inputs: Inputs, console: Console) -> None:
     """What a run would choose here, and why."""
-    sizing = _sizing_here(config, _wanted_engine(config), inputs, console)
+    sizing = _sizing(config, _wanted_engine(config), inputs, console)
     if sizing is None:
         if gpu_here() is None and (config.model.device == "cuda" or _wanted_engine(config) == "vllm"):
             console.warn("the config asks for a GPU (model.device or rollout.engine), and torch sees none here")
@@ -98,9 +100,13 @@ def show_sizes(config: Config, inputs: Inputs, console: Console) -> None:
     _tell(sizing, console)
 
 
-def _sizing_here(config: Config, engine: str, inputs: Inputs, console: Console) -> Sizing | None:
-    """The choice for the GPU that is here; None without one, and where no plan can be made, which is said."""
-    device = None if config.model.device == "cpu" else gpu_here()
+def _sizing(
+    config: Config, engine: str, inputs: Inputs, console: Console, device: Device | None = None
+) -> Sizing | None:
+    """The choice for a card, else for the GPU that is here; None without one, and where no plan can be made, which is
+    said."""
+    if device is None and config.model.device != "cpu":
+        device = gpu_here()
     if device is None:
         return None
     data = inputs.data

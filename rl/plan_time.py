@@ -181,12 +181,13 @@ def _decode(setup: Setup, work: Work, device: Device) -> float:
         cache *= 3  # every token copies the cache it joins
     device_seconds = max(read, products) + cache
     waves = work.sequences / at_once if setup.vllm else -(-work.sequences // at_once)
+    host = VLLM_HOST + at_once * VLLM_SEQUENCE
     if not setup.vllm:
         token = max(shape.layers * EAGER, device_seconds)
     elif setup.eager:
-        token = VLLM_HOST + at_once * VLLM_SEQUENCE + max(shape.layers * VLLM_EAGER, device_seconds)
+        token = host + max(shape.layers * VLLM_EAGER, device_seconds)
     else:
-        token = VLLM_HOST + at_once * VLLM_SEQUENCE + shape.layers * GRAPHS + device_seconds
+        token = host + shape.layers * GRAPHS + device_seconds
     return waves * work.completion * token
 
 

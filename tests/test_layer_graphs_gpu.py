@@ -83,7 +83,7 @@ def test_replays_give_the_gradients_of_the_layers(lm: LanguageModel) -> None:
             for _, parameter in trainable(lm):
                 parameter.add_(torch.randn_like(parameter) * 1e-3)
     assert layers._graphs is not None
-    assert not layers._graphs._off
+    assert not layers._graphs.off
     assert layers._graphs._records
     other = gradients(lm, batch(99))
     assert apart(other, theirs) > 0.5, "the comparison tells packs apart"
