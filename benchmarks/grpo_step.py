@@ -49,7 +49,7 @@ from typing import Any
 
 from device_watch import DeviceWatch, OwnMemory
 from turns import Ahead, Turn
-from update import GIB, RANK, RESULTS, TARGETS, command_line, device_facts, header, lines_of, result_path, store
+from update import GIB, RANK, RESULTS, TARGETS, added_to, device_facts, header, lines_of, result_path, store
 
 SYSTEMS = ("tandem", "tandem-int4", "tandem-fp8", "tandem-bf16", "trl", "trl-awake", "trl-bf16", "unsloth")
 # PyTorch's allocator is left as a user has it, for Tandem as its command sets it; what PYTORCH_CUDA_ALLOC_CONF says for
@@ -155,9 +155,7 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
             print("all are ready", flush=True)
         while arguments.gate and ahead and not arguments.gate.exists():
             time.sleep(0.2)
-        if arguments.into and arguments.into.exists():  # it may be written to until now
-            result = json.loads(arguments.into.read_text(encoding="utf-8"))
-            result.setdefault("more_commands", []).append(command_line("grpo_step.py", argv))
+        result = added_to(arguments.into, result, "grpo_step.py", argv)  # it may be written to until now
         for system, shape in jobs(arguments, argv):
             name = f"{system} {shape[-1]}" if arguments.longest else system
             failed = False
@@ -506,17 +504,14 @@ def sized_for(card_gib: float, config: Any, inputs: Any) -> Any:
     """A config with what a run chooses on a card of this size; what a run fits to the memory that it finds is off."""
     import psutil
 
-    from tandem.rl import plan
+    from tandem.rl import open_model, plan
+    from tandem.rl.console import Console
     from tandem.rl.plan_devices import find_device
-    from tandem.rl.plan_shape import read_shape
-    from tandem.rl.plan_sizing import choose_sizes
-    from tandem.rl.training_data import longest_sequence
 
     if config.train.projection_memory == "auto":
         config = plan.changed(config, {"train": {"projection_memory": "recompute"}})
     card = find_device(str(card_gib), host_gib=psutil.virtual_memory().available / GIB)
-    longest = longest_sequence(config, inputs.data)
-    return plan.changed(config, choose_sizes(read_shape(config.model), config, card, longest=longest).changes)
+    return open_model.sized(config, config.rollout.engine, inputs, Console.silent(), card)
 
 
 def changed(config: Any, *, run_name: str, **sections: dict[str, Any]) -> Any:

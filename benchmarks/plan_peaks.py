@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import grpo_step
-from update import GIB, RESULTS, command_line, header, lines_of, result_path, store
+from update import GIB, RESULTS, added_to, header, lines_of, result_path, store
 
 LIMIT = 10.0
 # Of a card, what configurations may need together by their plans.
@@ -133,10 +133,8 @@ def compare(arguments: argparse.Namespace, argv: list[str]) -> None:
     on_gpu = device["total_gib"] is not None
     result = header("plan_peaks.py", "plan-peaks", argv, device) | {"together": arguments.together, "rows": []}
     target = arguments.into or result_path(arguments.out or RESULTS, result)
-    if arguments.into and arguments.into.exists():
-        result = json.loads(arguments.into.read_text(encoding="utf-8"))
-        result["rows"] = [one for one in result["rows"] if one["case"] not in arguments.cases]
-        result.setdefault("more_commands", []).append(command_line("plan_peaks.py", argv))
+    result = added_to(arguments.into, result, "plan_peaks.py", argv)
+    result["rows"] = [one for one in result["rows"] if one["case"] not in arguments.cases]
     with (
         tempfile.TemporaryDirectory() as scratch,
         ThreadPoolExecutor(len(CASES)) as makers,

@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -136,6 +136,7 @@ class Profiled:
         self._records: dict[str, list[dict[str, float]]] = {name: [] for name in PARTS}
         self._collector, self._python = Collector(), cProfile.Profile()
         self._torch: Any = None
+        self._looking = ExitStack()
         self._at, self._switching = 0, 0.0
 
     @property
@@ -154,18 +155,16 @@ class Profiled:
             self._records[before].append({**metrics, "step_time": metrics["step_time"] - self._switching})
         started = time.perf_counter()
         if before != after:
-            self._stop(before)
-            self._start(after)
+            self._looking.close()
+            if after is not None:
+                self._looking.enter_context(self._profiler(after))
         self._switching = time.perf_counter() - started
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """Nothing looks on after it, whatever happened."""
-        try:
+        with self._looking:
             yield
-        finally:
-            if not self.done:
-                self._stop(self._plan[self._at])
 
     def result(self) -> dict[str, Any]:
         """Everything per step: by part, by Python function, by operator, on the GPU, of the garbage collector."""
@@ -183,22 +182,14 @@ class Profiled:
             **on_gpu(self._torch.events(), counts["torch"]),
         }
 
-    def _start(self, name: str | None) -> None:
-        if name == "plain":
-            gc.callbacks.append(self._collector)
-        elif name == "python":
-            self._python.enable()
-        elif name == "torch":
+    def _profiler(self, name: str) -> AbstractContextManager[Any]:
+        """What looks on while it is open."""
+        if name == "torch":
             self._torch = make_torch_profiler()
-            self._torch.start()
-
-    def _stop(self, name: str | None) -> None:
-        if name == "plain":
-            gc.callbacks.remove(self._collector)
-        elif name == "python":
-            self._python.disable()
-        elif name == "torch":
-            self._torch.stop()
+        looks: dict[str, AbstractContextManager[Any]] = {
+            "plain": self._collector.counting(), "python": self._python, "torch": self._torch
+        }  # fmt: skip
+        return looks[name]
 
 
 # --- what looks on ----------------------------------------------------------------------------------------------------
@@ -219,6 +210,14 @@ class Collector:
             self._count[info["generation"]] += 1
             self._seconds[info["generation"]] += time.perf_counter() - self._started
             self._started = None
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        gc.callbacks.append(self)
+        try:
+            yield
+        finally:
+            gc.callbacks.remove(self)
 
     def per_step(self, steps: int) -> list[dict[str, float]]:
         return [

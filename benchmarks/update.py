@@ -448,6 +448,15 @@ def command_line(script: str, argv: list[str]) -> str:
     return " ".join(["python", f"benchmarks/{script}", *kept])
 
 
+def added_to(into: Path | None, result: dict[str, Any], script: str, argv: list[str]) -> dict[str, Any]:
+    """The result in the file that is to be added to, with this command, too; `result` where there is none."""
+    if into is None or not into.exists():
+        return result
+    found: dict[str, Any] = json.loads(into.read_text(encoding="utf-8"))
+    found.setdefault("more_commands", []).append(command_line(script, argv))
+    return found
+
+
 def result_path(folder: Path, result: dict[str, Any]) -> Path:
     """FOLDER/BENCH-DEVICE-DATE.json, DEVICE being what is left of the name without maker, memory and form."""
     words = result["device"].replace("-", " ").split()
