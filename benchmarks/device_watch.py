@@ -66,7 +66,9 @@ class OwnMemory:
 
         torch.zeros(1, device="cuda")
         pynvml.nvmlInit()
-        self._nvml, self._device = pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
+        # By its name: the driver numbers all devices, PyTorch those that this process may see.
+        uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+        self._nvml, self._device = pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
         if self._now() is None:
             raise RuntimeError(f"the driver tells no memory of process {os.getpid()}")
         self._peak = 0

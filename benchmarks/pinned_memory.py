@@ -3,28 +3,24 @@
     python benchmarks/pinned_memory.py --gib 8
 
 A first step whose activations wait in host memory pins tens of GiB. Each way has a process of its own and makes as many
-blocks as `rl/offload.py` would: `pool` as it does; `pool-registered` the same with PyTorch's allocator told to touch
-pages in 8 threads and to register them; `huge-pages` on pages of 2 MiB where the system grants them, touched by 8
-threads, each block registered by itself. `allocate_gib_per_s` is for all of that; `register_seconds` is the part of
-`huge-pages` spent in cudaHostRegister, `huge_gib` what the process has on huge pages. Copies are of 64 MiB, four blocks
-one behind the other; medians of 20, by CUDA events. Writes `benchmarks/results/pinned-memory-DEVICE-DATE.json`, anew
-after every way.
+blocks: `pool` as `rl/offload.py` does, a quarter of a GiB at a time on pages of 2 MiB where the system grants them;
+`torch` as PyTorch does, block by block; `torch-registered` the same with its allocator told to touch pages in 8 threads
+and to register them. `allocate_gib_per_s` is for all of that; `huge_gib` is what the process has on huge pages. Copies
+are of 64 MiB, four blocks one behind the other; medians of 20, by CUDA events. Writes
+`benchmarks/results/pinned-memory-DEVICE-DATE.json`, anew after every way.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import statistics
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from update import GIB, RESULTS, device_facts, header, lines_of, result_path, store
 
@@ -33,12 +29,11 @@ from tandem.rl.offload import BLOCK_BYTES, BlockPool
 # What PyTorch's allocators are told. Growing segments are what the command sets; they are about the GPU's memory alone.
 WAYS = {
     "pool": "expandable_segments:True",
-    "pool-registered": "pinned_use_cuda_host_register:True,pinned_num_register_threads:8",
-    "huge-pages": "expandable_segments:True",
+    "torch": "expandable_segments:True",
+    "torch-registered": "pinned_use_cuda_host_register:True,pinned_num_register_threads:8",
 }
-COPIED_BYTES, COPIES, THREADS = 64 << 20, 20, 8
-HUGE_PAGE, PAGE = 2 << 20, 4096
-COLUMNS = ("allocate_gib_per_s", "to_host_gib_per_s", "to_device_gib_per_s", "register_seconds", "huge_gib", "error")
+COPIED_BYTES, COPIES, AT_A_TIME = 64 << 20, 20, 16
+COLUMNS = ("allocate_gib_per_s", "to_host_gib_per_s", "to_device_gib_per_s", "huge_gib", "error")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,55 +92,18 @@ def measure(way: str, count: int) -> dict[str, Any]:
     """Allocate `count` blocks, then copy."""
     torch.zeros(1, device="cuda")  # the context is not what is measured
     torch.cuda.synchronize()
-    started, found = time.perf_counter(), {}
-    if way == "huge-pages":
-        blocks = huge_blocks(count)
-        touched = time.perf_counter()
-        for block in blocks:
-            register(block)
-        found["register_seconds"] = round(time.perf_counter() - touched, 3)
+    started = time.perf_counter()
+    if way == "pool":
+        pool = BlockPool(pinned=True)
+        blocks = [block for _ in range(0, count, AT_A_TIME) for block in pool.acquire(AT_A_TIME)]
     else:
-        blocks = BlockPool(pinned=True).acquire(count)
+        blocks = [torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(count)]
     seconds = time.perf_counter() - started
     assert all(block.is_pinned() for block in blocks), "memory that is not pinned would be copied in other ways"
-    found["allocate_gib_per_s"] = round(count * BLOCK_BYTES / GIB / seconds, 3)
+    found = {"allocate_gib_per_s": round(len(blocks) * BLOCK_BYTES / GIB / seconds, 3)}
     for name, out in (("to_host_gib_per_s", True), ("to_device_gib_per_s", False)):
         found[name] = round(COPIED_BYTES / GIB / statistics.median(copy_seconds(blocks, out=out)), 2)
     return found | {"huge_gib": huge_gib()}
-
-
-def huge_blocks(count: int, block_bytes: int = BLOCK_BYTES) -> list[torch.Tensor]:
-    """Blocks of one mapping, on huge pages where the system grants them, with all their pages in place.
-
-    Raises:
-        OSError: the kernel has no transparent huge pages.
-    """
-    # Private: a shared mapping, which is Python's default, has huge pages only where those of tmpfs are switched on.
-    mapping = mmap.mmap(-1, count * block_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    mapping.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(mapping, dtype=np.uint8)
-    begin = -whole.ctypes.data % HUGE_PAGE
-    pieces = [whole[begin + i * block_bytes : begin + (i + 1) * block_bytes] for i in range(count)]
-    with ThreadPoolExecutor(THREADS) as threads:
-        list(threads.map(touch, pieces))
-    return [torch.from_numpy(piece) for piece in pieces]
-
-
-def touch(piece: np.ndarray) -> None:
-    """Have every page of it put in place. numpy lets other threads run meanwhile."""
-    piece[::PAGE] = 0
-
-
-def register(block: torch.Tensor) -> None:
-    """Pin memory that is there. It stays so to the end of the process.
-
-    Raises:
-        RuntimeError: CUDA refuses it.
-    """
-    runtime = torch.cuda.cudart()
-    code = int(runtime.cudaHostRegister(block.data_ptr(), block.numel(), 0))
-    if code:
-        raise RuntimeError(f"cudaHostRegister: {runtime.cudaGetErrorString(runtime.cudaError(code))} ({code})")
 
 
 def copy_seconds(blocks: list[torch.Tensor], *, out: bool) -> Iterator[float]:

@@ -20,7 +20,7 @@ from tandem.kernels.pack_layout import PackLayout
 from tandem.rl.config import TrainConfig
 from tandem.rl.errors import UserError
 from tandem.rl.families import Layer, ModelSpec, Norm, describe
-from tandem.rl.layer_graphs import LayerGraphs, Recorder, Ropes, Stack
+from tandem.rl.layer_graphs import MOST_RECORDED_BYTES, LayerGraphs, Recorder, Ropes, Stack
 from tandem.rl.layer_ops import LoraGrads
 from tandem.rl.layer_run import LayerRun, norm_backward, normed
 from tandem.rl.model import LanguageModel
@@ -30,8 +30,6 @@ from tandem.rl.prepared_weights import KeptWeights
 
 # Rows that pass the MLP at a time, where nothing else is said.
 TILE_ROWS = 4096
-# What recorded passes may keep, which stays on the device between them.
-MOST_RECORDED_BYTES = 2 << 30
 # Attention in parts costs little time where each part is long: from these lengths on in two, in four, one by one.
 _GROUPS = ((12_288, 2), (24_576, 4), (49_152, 1 << 30))
 
@@ -69,7 +67,7 @@ class LayerPlan:
             train.kv_head_groups,
             train.attention_memory,
             train.projection_memory,
-            train.cuda_graphs,
+            train.cuda_graphs is True,
         )
 
     def groups_for(self, rows: int, kv_heads: int) -> int:

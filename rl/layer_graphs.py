@@ -30,6 +30,8 @@ from tandem.rl.prepared_weights import KeptWeights
 
 # Recordings that are kept, the latest.
 _MOST = 8
+# What the layers may keep in a recording, whose memory stays on the device.
+MOST_RECORDED_BYTES = 2 << 30
 
 Work = Callable[[], None]
 Ropes = dict[str | None, Rope]

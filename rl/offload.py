@@ -1,8 +1,8 @@
 """Where a layer's input waits for the backward pass: in place, or in host memory that is allocated once.
 
-Host memory is a pool of equal blocks, pinned where there is a GPU. Pinning is slow (seconds per 8 GiB), so blocks are
-never given back to the system: a pass takes free ones, the pool grows when there are none, and the backward pass frees
-them. Copies run on their own stream, out while the next layer computes, back when the backward pass asks for it.
+Host memory is a pool of equal blocks, pinned where there is a GPU. Pinning takes time, so blocks are never given back
+to the system: a pass takes free ones, the pool grows when there are none, and the backward pass frees them. Copies run
+on their own stream, out while the next layer computes, back when the backward pass asks for it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from typing import Any
 import psutil
 import torch
 
+from tandem.rl.pinned_memory import pinned_blocks
+
 # A power of two, because torch's pinned allocator rounds up to one; small, because a tensor's last block is part empty.
 BLOCK_BYTES = 16 << 20
+# Blocks that are pinned at a time, at least: each time costs the host a millisecond.
+_LEAST_PINNED = 16
 # What a pack may leave on the device between its passes before it goes to host memory.
 STAYS_ON_DEVICE = 512 << 20
 # The share of free memory that what a pack leaves between its passes may take.
@@ -100,11 +104,18 @@ class BlockPool:
         return len(self._free)
 
     def acquire(self, count: int) -> list[torch.Tensor]:
-        while len(self._free) < count:
-            self._free.append(torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=self.pinned))
-            self.allocated += 1
+        missing = count - len(self._free)
+        if missing > 0:
+            more = max(missing, _LEAST_PINNED) if self.pinned else missing
+            self._free += self._make(more)
+            self.allocated += more
         blocks, self._free = self._free[:count], self._free[count:]
         return blocks
+
+    def _make(self, count: int) -> list[torch.Tensor]:
+        if self.pinned:
+            return pinned_blocks(count, self.block_bytes)
+        return [torch.empty(self.block_bytes, dtype=torch.uint8) for _ in range(count)]
 
     def release(self, blocks: list[torch.Tensor]) -> None:
         self._free += blocks

@@ -59,6 +59,11 @@ def made_alike(layout: PackLayout, device: torch.device) -> Alike | None:
     return Alike(padded, plan, padded.length - rows, key)
 
 
+def most_padded(rows: int) -> int:
+    """The rows that a pack of `rows` may have when it is padded."""
+    return rows + 2 * _missing(rows)
+
+
 def _missing(rows: int) -> int:
     """At least one row more, up to the next size that comes again."""
     unit = min(max((1 << rows.bit_length()) // 8, _UNIT), _MOST_UNIT)

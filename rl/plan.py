@@ -28,7 +28,7 @@ from tandem.rl.plan_memory import (
     setup_of,
     weight_items,
 )
-from tandem.rl.plan_pack import Pack, input_bytes, pack_memory, projection_bytes
+from tandem.rl.plan_pack import Pack, input_bytes, pack_memory, projection_bytes, recorded_bytes
 from tandem.rl.plan_setup import Items, Setup
 from tandem.rl.plan_shape import ModelShape
 from tandem.rl.plan_time import Work, step_seconds
@@ -107,7 +107,13 @@ class Ledger:
             "LoRA weights, float32": adapter_bytes(self.setup.adapter),
             "optimiser's state": state,
             **(engine_items(self.setup) if self.setup.vllm else {}),
+            **self._recordings,
         }
+
+    @property
+    def _recordings(self) -> Items:
+        size = recorded_bytes(self.setup, self.pack) if self.setup.plan.recorded else 0
+        return {"recorded passes": size} if size else {}
 
     def training(self, tokens: int | None = None) -> Phase:
         """The device while a pack of `tokens` (None: the fullest) is at its peak."""
@@ -235,6 +241,12 @@ class Ledger:
         if self.work.generates and not self.setup.vllm and tokens is None and self.in_flight < self.work.in_flight:
             return False
         return self.trains() and all(wanted <= limit for limit in self.limits.values())
+
+    def records(self) -> bool:
+        """Whether passes can be recorded, and both phases fit with what recordings hold."""
+        rollout = self.rollout()
+        fits = self.trains() and (rollout is None or self._inside(rollout))
+        return fits and bool(recorded_bytes(self.setup, self.pack))
 
     def trains(self) -> bool:
         """Whether the fullest pack fits, on the device and in host memory."""

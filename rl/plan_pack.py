@@ -7,10 +7,12 @@ stages of a layer's backward pass (`rl/layer_run.py`), each with all that is ali
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from tandem.rl.layer_graphs import MOST_RECORDED_BYTES
 from tandem.rl.layer_run import LATE_ROWS
 from tandem.rl.offload import BLOCK_BYTES, DEVICE_SHARE, HOST_SHARE, STAYS_ON_DEVICE
+from tandem.rl.pack_padding import MOST_ROWS, most_padded
 from tandem.rl.plan_devices import CONTEXT, Device
 from tandem.rl.plan_engine import engine_items
 from tandem.rl.plan_memory import LIBRARIES, WORKSPACE, adapter_bytes, buffer_bytes, kept_weight_bytes, weight_items
@@ -101,6 +103,24 @@ def input_bytes(setup: Setup, rows: int) -> int:
     if setup.shape.head_norms:
         columns += sum(one.rows for one in blocks.qkv) - blocks.qkv[-1].rows
     return rows * setup.width * columns
+
+
+def recorded_bytes(setup: Setup, rows: int) -> int:
+    """What recorded passes of packs up to `rows` tokens hold on the device from pass to pass; 0 where none can be.
+
+    All recordings share one memory, that of the largest: what its layers keep, and a layer at work.
+    """
+    if not kept_weight_bytes(setup) or any(window is not None for window in setup.shape.windows):
+        return 0
+
+    def kept(rows: int) -> int:
+        return setup.shape.layers * (projection_bytes(setup, rows) + input_bytes(setup, rows))
+
+    rows = most_padded(min(rows, MOST_ROWS))
+    rows = min(rows, rows * MOST_RECORDED_BYTES // kept(rows))  # larger packs are not recorded
+    plan = replace(setup.plan, projections="recompute", attention="save")
+    moments = pack_memory(replace(setup, plan=plan, offload=False), rows).moments
+    return kept(rows) + max(size for name, size in moments.items() if not name.startswith("head"))
 
 
 def _free_of_weights(setup: Setup, device: Device) -> int:

@@ -101,6 +101,8 @@ def _training(room: Ledger) -> dict[str, Any]:
     for found in filter(None, (_fitting(room, tokens) for tokens in wider)):
         if found[1].update_seconds < seconds:
             best, seconds = found[0], found[1].update_seconds
+    if train.cuda_graphs == "auto":
+        best["cuda_graphs"] = True if _with(room, best | {"cuda_graphs": True}).records() else "auto"
     return _only_open(best, train)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from tandem.rl.plan_devices import Device
 from tandem.rl.plan_memory import adapter_bytes, kv_bytes, linear_bytes, optimizer_bytes
-from tandem.rl.plan_pack import Pack
+from tandem.rl.plan_pack import Pack, recorded_bytes
 from tandem.rl.plan_setup import Setup
 
 # Shares of the data sheet that are reached. The first two are what an H100 does in an update of Qwen3-8B's shape with
@@ -25,6 +25,9 @@ VLLM_HOST, VLLM_SEQUENCE = 1.8e-3, 3.0e-5
 # Seconds that a layer costs the host at each token: transformers with peft in eager mode, vLLM with an adapter without
 # graphs, both beside the device's work, and replaying a graph.
 EAGER, VLLM_EAGER, GRAPHS = 1.8e-3, 2.4e-3, 2.5e-5
+# Seconds that a fused layer's passes cost the host for each pack, beside the device's work (SmolLM2, an H200's host),
+# and the share that is left of them where they are recorded.
+FORWARD_HOST, BACKWARD_HOST, RECORDED = 2.0e-3, 3.5e-3, 0.15
 # Seconds that vLLM takes longer to start where it compiles and captures graphs for the first time (an H200's host).
 COMPILING = 50.0
 
@@ -109,6 +112,8 @@ def step_seconds(setup: Setup, work: Work, pack: Pack, rows: int, device: Device
         # Copies run beside the computation and are waited for where they are slower.
         copied = pack.host / rows * work.tokens / (device.pcie * 1e9 * PCIE)
         forward, backward = max(forward, copied), max(backward, copied)
+    host = packs * setup.shape.layers * (RECORDED if recorded_bytes(setup, rows) and setup.plan.recorded else 1.0)
+    forward, backward = max(forward, host * FORWARD_HOST), max(backward, host * BACKWARD_HOST)
     parts["update: forward"] = work.iterations * forward
     parts["update: backward"] = work.iterations * backward
     parts["optimiser"] = work.updates * _optimizer(setup, device)

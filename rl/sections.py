@@ -357,9 +357,9 @@ class TrainConfig(Section):
     projection_memory: Literal["auto", "save", "recompute"] = "auto"
     """Fused layers: keep queries, keys, values, gate and up for the backward pass on the device, in place of computing
     them again (a tenth of the time); auto: on a GPU, of as many layers as there is memory left for."""
-    cuda_graphs: bool = False
+    cuda_graphs: bool | Literal["auto"] = "auto"
     """Fused layers of a small model, on a GPU: record both passes of packs, padded to be alike, and replay them, which
-    takes far fewer calls. Not run on a GPU yet."""
+    takes far fewer calls (a fifth of the time); auto: where the plan has room for what recordings keep."""
 
 
 class OptimConfig(Section):

@@ -686,7 +686,7 @@ def test_memory_is_pinned_only_where_there_is_a_gpu(tmp_path: Path) -> None:
 
 def test_arguments_of_pinned_memory() -> None:
     known = pinned_memory.parse([])
-    assert (known.gib, known.ways) == (8.0, ["pool", "pool-registered", "huge-pages"])
+    assert (known.gib, known.ways) == (8.0, ["pool", "torch", "torch-registered"])
     assert pinned_memory.parse(["--gib", "0.0625", "--ways", "pool"]).ways == ["pool"]
 
 
@@ -708,23 +708,9 @@ def test_each_way_has_its_allocator_and_a_failure_its_row(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(pinned_memory, "lines_of", lines_of)
     argv = ["--gib", "2"]
-    found = [pinned_memory.row_of(way, pinned_memory.parse(argv), argv) for way in ("pool", "pool-registered")]
+    found = [pinned_memory.row_of(way, pinned_memory.parse(argv), argv) for way in ("pool", "torch-registered")]
     assert [one["allocate_gib_per_s"] for one in found] == [1.3, None]
     assert [one["error"] for one in found] == [None, "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"]
-
-
-def test_blocks_on_huge_pages_lie_side_by_side() -> None:
-    size = pinned_memory.HUGE_PAGE
-    try:
-        blocks = pinned_memory.huge_blocks(3, size)
-    except OSError as error:
-        pytest.skip(f"no huge pages: {error}")
-    begin = blocks[0].data_ptr()
-    assert begin % size == 0
-    assert [block.data_ptr() - begin for block in blocks] == [0, size, 2 * size]
-    for i, block in enumerate(blocks):
-        block.fill_(i + 1)
-    assert [int(block.sum()) for block in blocks] == [size, 2 * size, 3 * size]
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------

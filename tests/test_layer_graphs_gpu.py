@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from plan_config import config_of
 
 from tandem.kernels.linear_logprob import HeadOptions
 from tandem.rl.config import AlgorithmConfig, LoraConfig
@@ -16,6 +18,9 @@ from tandem.rl.lora import attach_lora, trainable
 from tandem.rl.metrics import Meter
 from tandem.rl.model import LanguageModel, _register_packed_attention
 from tandem.rl.packing import pack
+from tandem.rl.plan_memory import setup_of
+from tandem.rl.plan_pack import recorded_bytes
+from tandem.rl.plan_shape import shape_of
 from tandem.rl.samples import Sequence
 from tandem.rl.step import PolicyBatch, policy_backward
 
@@ -87,6 +92,25 @@ def test_replays_give_the_gradients_of_the_layers(lm: LanguageModel) -> None:
     assert layers._graphs._records
     other = gradients(lm, batch(99))
     assert apart(other, theirs) > 0.5, "the comparison tells packs apart"
+
+
+def test_recordings_hold_what_the_plan_says(lm: LanguageModel) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    layers = FusedLayers(LayerPlan(recorded=True)).attach(lm)
+    one = batch(0)
+    (made,) = pack(one.sequences, 8192)
+    for _ in range(3):
+        gradients(lm, one)
+    assert layers._graphs is not None
+    held = torch.cuda.memory_reserved()
+    layers._graphs = None
+    gc.collect()
+    torch.cuda.empty_cache()
+    freed = held - torch.cuda.memory_reserved()
+    said = recorded_bytes(setup_of(shape_of(lm.model.config), config_of(lora={"r": 16})), made.num_tokens)
+    print(f"recordings of {made.num_tokens} rows: planned {said >> 20} MiB, freed {freed >> 20} MiB")
+    assert 0.5 * said <= freed <= 1.1 * said
 
 
 def test_how_long_an_update_takes(lm: LanguageModel) -> None:
