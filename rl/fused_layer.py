@@ -163,6 +163,8 @@ class FusedLayers:
         h = spec.backbone.embed_tokens(input_ids[None])[0]
         rows, first = h.shape[0], spec.layer(0)
         kept = self._weights if self._weights.begin(first, spec.num_layers, h.dtype) else None
+        if kept is not None:
+            kept.prepare(spec.layers, h.dtype)
         layers = None if kept is None else self._layers_to_record(h)
         alike = None if layers is None else made_alike(layout, h.device)
         if alike is not None:

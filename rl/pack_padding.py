@@ -59,9 +59,9 @@ def made_alike(layout: PackLayout, device: torch.device) -> Alike | None:
     return Alike(padded, plan, padded.length - rows, key)
 
 
-def most_padded(rows: int) -> int:
-    """The rows that a pack of `rows` may have when it is padded."""
-    return rows + 2 * _missing(rows)
+def usually_padded(rows: int) -> int:
+    """The rows that a pack of `rows` has when it is padded, which may be half as many more or fewer."""
+    return rows + _missing(rows)
 
 
 def _missing(rows: int) -> int:

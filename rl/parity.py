@@ -20,7 +20,7 @@ from tandem.rl.model import LanguageModel, with_sampling
 from tandem.rl.packing import Pack, pack
 from tandem.rl.policy_loss import LossValue, PolicyTokens
 from tandem.rl.samples import Sequence as TokenSequence
-from tandem.rl.step import Objective, PolicyBatch, sequence_log_probs
+from tandem.rl.step import Objective, PolicyBatch, log_probs_of_heads, sequence_log_probs
 
 _CAUSES = (
     "other weights, or a stale adapter: an update that did not reach the engine, a prefix cache from before it",
@@ -328,7 +328,7 @@ def explanations(
 ) -> list[str]:
     """What makes the trainer agree with the engine after all, of the faults that can be tried out; best first.
 
-    A few forward passes over the first few sequences, without gradients. Only worth it once something is wrong.
+    Two forward passes over the first few sequences, without gradients. Only worth it once something is wrong.
 
     Args:
         head: the trainer's, with the run's temperature. engine: log-probs of the sequences' scored tokens.
@@ -341,20 +341,24 @@ def explanations(
             budget -= sequence.num_tokens
     few, theirs = [sequences[i] for i in chosen], [engine[i] for i in chosen]
 
-    def own(options: HeadOptions) -> list[torch.Tensor]:
-        return sequence_log_probs(lm, pack(few, _EXPLAINED_BY_TOKENS), len(few), options)[0]
+    def own(*options: HeadOptions) -> list[list[torch.Tensor]]:
+        made = log_probs_of_heads(lm, pack(few, _EXPLAINED_BY_TOKENS), len(few), [*options])
+        return [log_probs for log_probs, _ in made]
 
-    as_it_is = own(head)
+    chunk = config.train.logprob_chunk_size
+    others = [
+        with_sampling(lm.head, temperature=temperature, top_k=0, top_p=1.0, chunk_size=chunk)
+        for temperature in _TEMPERATURES
+        if temperature != head.temperature or head.restricted
+    ]
+    as_it_is, *at_others = own(head, *others)
     before = _mean_difference(theirs, as_it_is)
     tried = [(_mean_difference(a, b), text) for text, a, b in _shifted(theirs, as_it_is)]
     with lm.model.disable_adapter():
-        tried.append((_mean_difference(theirs, own(head)), "with the adapter switched off"))
-    chunk = config.train.logprob_chunk_size
-    for temperature in _TEMPERATURES:
-        if temperature != head.temperature or head.restricted:
-            other = with_sampling(lm.head, temperature=temperature, top_k=0, top_p=1.0, chunk_size=chunk)
-            text = f"at temperature {temperature:g}{' without top-p and top-k' if head.restricted else ''}"
-            tried.append((_mean_difference(theirs, own(other)), text))
+        tried.append((_mean_difference(theirs, *own(head)), "with the adapter switched off"))
+    for other, log_probs in zip(others, at_others, strict=True):
+        text = f"at temperature {other.temperature:g}{' without top-p and top-k' if head.restricted else ''}"
+        tried.append((_mean_difference(theirs, log_probs), text))
     # Anything that moves numbers nearer by chance does not do so by a factor of five. Where rounding is a part of the
     # difference, it stays when the fault is found.
     factor = 5 if lm.dtype in (torch.float32, torch.float64) else 2

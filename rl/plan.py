@@ -125,6 +125,7 @@ class Ledger:
         which `in_flight` (None: as many as wanted and possible) are made at once; None where nothing is generated."""
         if not self.work.generates:
             return None
+        given = in_flight
         if in_flight is None:
             # vLLM lets those wait that its cache has no room for.
             wanted = self.work.in_flight
@@ -132,7 +133,12 @@ class Ledger:
         items = self._generation(in_flight, length)
         if self.cache is not None:
             items["KV cache"] = self.cache
-        return _phase(self.fixed | {"workspaces": WORKSPACE} | items)
+        phase = _phase(self.fixed | {"workspaces": WORKSPACE} | items)
+        if given is None and self._awake:
+            # PyTorch returns what the update has left where the engine goes to sleep, or needs it, and not otherwise.
+            held = self.training().sizes["reserved"] - phase.sizes["reserved"]
+            phase.items[RESERVE] += max(held, 0)
+        return phase
 
     def cache_needed(self, in_flight: int, length: int | None = None) -> int:
         """Bytes of KV cache that so many sequences fill."""

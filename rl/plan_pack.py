@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from tandem.rl.layer_graphs import MOST_RECORDED_BYTES
 from tandem.rl.layer_run import LATE_ROWS
 from tandem.rl.offload import BLOCK_BYTES, DEVICE_SHARE, HOST_SHARE, STAYS_ON_DEVICE
-from tandem.rl.pack_padding import MOST_ROWS, most_padded
+from tandem.rl.pack_padding import MOST_ROWS, usually_padded
 from tandem.rl.plan_devices import CONTEXT, Device
 from tandem.rl.plan_engine import engine_items
 from tandem.rl.plan_memory import LIBRARIES, WORKSPACE, adapter_bytes, buffer_bytes, kept_weight_bytes, weight_items
@@ -110,16 +110,19 @@ def recorded_bytes(setup: Setup, rows: int) -> int:
 
     All recordings share one memory, that of the largest: what its layers keep, and a layer at work.
     """
-    if not kept_weight_bytes(setup) or any(window is not None for window in setup.shape.windows):
+    plan = setup.plan
+    keeps = plan.projections != "recompute" and plan.attention != "recompute" and setup.offload is not True
+    if not keeps or not kept_weight_bytes(setup) or any(window is not None for window in setup.shape.windows):
         return 0
 
     def kept(rows: int) -> int:
-        return setup.shape.layers * (projection_bytes(setup, rows) + input_bytes(setup, rows))
+        inputs = input_bytes(setup, rows) if plan.projections == "auto" else 0
+        return setup.shape.layers * (projection_bytes(setup, rows) + inputs)
 
-    rows = most_padded(min(rows, MOST_ROWS))
+    rows = usually_padded(min(rows, MOST_ROWS))
     rows = min(rows, rows * MOST_RECORDED_BYTES // kept(rows))  # larger packs are not recorded
-    plan = replace(setup.plan, projections="recompute", attention="save")
-    moments = pack_memory(replace(setup, plan=plan, offload=False), rows).moments
+    alone = replace(setup, plan=replace(plan, projections="recompute", attention="save"), offload=False)
+    moments = pack_memory(alone, rows).moments
     return kept(rows) + max(size for name, size in moments.items() if not name.startswith("head"))
 
 

@@ -6,6 +6,8 @@ passes are bound by the number of calls, of which preparing takes a third, and n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from tandem.kernels.adapter_copy import AdapterCopies
@@ -73,6 +75,14 @@ class KeptWeights:
                 self._copies = AdapterCopies(parts)
             self._copies.run()
         return True
+
+    def prepare(self, layers: Callable[[], list[Layer]], dtype: torch.dtype) -> None:
+        """Those of all layers, if there are none yet: side by side, and not among what a pass gives back, from which
+        the allocator could then return no whole page."""
+        if not self._linears:
+            for layer in layers():
+                for block in layer.blocks:
+                    self.of(block, dtype)
 
     def of(self, block: Block, dtype: torch.dtype) -> LoraLinear:
         """With the adapters as they were when this pass began."""

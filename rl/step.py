@@ -78,16 +78,22 @@ def layout_of(pack: Pack) -> PackLayout:
 
 def pack_log_probs(lm: LanguageModel, pack: Pack, head: HeadOptions) -> TokenScores:
     """Log-probs and entropies `[N]` of a pack's scored tokens. Must run inside `lm.packed()`."""
+    return _scores(lm, pack, _scored_hidden(lm, pack), head)
+
+
+def _scored_hidden(lm: LanguageModel, pack: Pack) -> torch.Tensor:
+    """Last hidden states `[N, d]` that a pack's scored tokens are predicted from."""
     hidden = lm.packed_hidden(
         torch.tensor(pack.input_ids, device=lm.device),
         torch.tensor(pack.position_ids, device=lm.device),
         layout_of(pack),
     )
-    rows = torch.tensor(pack.rows, device=lm.device)
+    return hidden[torch.tensor(pack.rows, device=lm.device)]
+
+
+def _scores(lm: LanguageModel, pack: Pack, hidden: torch.Tensor, head: HeadOptions) -> TokenScores:
     targets = torch.tensor(pack.targets, device=lm.device)
-    return linear_logprob(
-        hidden[rows], lm.head_weight, targets, bias=lm.head_bias, options=head, adapter=lm.head_adapter
-    )
+    return linear_logprob(hidden, lm.head_weight, targets, bias=lm.head_bias, options=head, adapter=lm.head_adapter)
 
 
 @torch.no_grad()
@@ -95,15 +101,25 @@ def sequence_log_probs(
     lm: LanguageModel, packs: list[Pack], num_sequences: int, head: HeadOptions
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Log-probs and entropies of every sequence's scored tokens, without gradients."""
+    return log_probs_of_heads(lm, packs, num_sequences, [head])[0]
+
+
+@torch.no_grad()
+def log_probs_of_heads(
+    lm: LanguageModel, packs: list[Pack], num_sequences: int, heads: list[HeadOptions]
+) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """The same for each of several heads, on one pass through the layers."""
     empty = torch.empty(0, device=lm.device)
-    log_probs, entropies = [empty] * num_sequences, [empty] * num_sequences
+    found = [([empty] * num_sequences, [empty] * num_sequences) for _ in heads]
     with lm.packed():
         for pack in packs:
-            scores = pack_log_probs(lm, pack, head)
-            parts = [values.split(pack.counts) for values in (scores.log_probs, scores.entropy)]
-            for index, log_prob, entropy in zip(pack.sequences, *parts, strict=True):
-                log_probs[index], entropies[index] = log_prob, entropy
-    return log_probs, entropies
+            hidden = _scored_hidden(lm, pack)
+            for (log_probs, entropies), head in zip(found, heads, strict=True):
+                scores = _scores(lm, pack, hidden, head)
+                parts = [values.split(pack.counts) for values in (scores.log_probs, scores.entropy)]
+                for index, log_prob, entropy in zip(pack.sequences, *parts, strict=True):
+                    log_probs[index], entropies[index] = log_prob, entropy
+    return found
 
 
 def policy_backward(
