@@ -156,8 +156,12 @@ def plan(
     checked = load_config(config, overrides)
     with collector_off():
         from tandem.rl import plan_command
+        from tandem.rl.ignored_keys import ignored_note
 
-    plan_command.plan(checked, gpu=gpu, host_gib=host_gib, as_json=as_json, console=_console())
+    console = _console()
+    if not as_json and (said := ignored_note(checked, plan=True)):
+        console.note(said)
+    plan_command.plan(checked, gpu=gpu, host_gib=host_gib, as_json=as_json, console=console)
 
 
 def main() -> None:
