@@ -10,6 +10,7 @@ import math
 import numbers
 import re
 import threading
+from collections.abc import Sequence
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any, Literal
@@ -26,6 +27,11 @@ _THOUSANDS = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3}){1,4}", re.ASCII)
 _DECIMAL = re.compile(r"-?(?:0|[1-9]\d{0,5})\.\d{1,6}", re.ASCII)
 _DELIMITED = re.compile(r"\$|\\\(|\\\[")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+# A text without any sign of mathematics, and its words: a run of letters without a vowel, or of the first and the last
+# of the alphabet alone, is a product of variables (lwh, abc, xyz).
+_TEXT = re.compile(r"(?:[^\W_]|[\s.,;:'’-])+")
+_WHOLE_WORD = re.compile(r"(?<![^\W\d_])(?=[^\W\d_]*[aeiou])(?![abcdxyz]+(?![^\W\d_]))[^\W\d_]{3,}", re.IGNORECASE)
+_LIST = re.compile(r",|\band\b")
 # Without one of these math-verify finds nothing to extract.
 _EXTRACTABLE = re.compile(r"[\d$\\\[]")
 
@@ -66,7 +72,8 @@ def math_answer(
     Raises:
         UserError: none of the columns exists, a known answer cannot be read, or a parameter is out of range.
 
-    Sets and lists are right in any order (`\{1, 2\}` or `2, 1`), tuples and intervals in theirs.
+    Sets and lists are right in any order (`\{1, 2\}` or `2, 1`), tuples and intervals in theirs. Words are no
+    products of their letters: `silent` is not `listen`, though `ba` is `ab`.
 
     >>> math_answer([r"6 × 7 = \boxed{42}", "It is 41."], answer=["42", "#### 42"])
     [1.0, 0.0]
@@ -195,8 +202,25 @@ def plain_number(text: str) -> Decimal | None:
 def _verified(gold: str, answer: str, place: Place, limit: int | None) -> bool:
     from math_verify import verify
 
-    found = _read(answer, place, limit)
-    return bool(found) and bool(verify(list(_parse_gold(gold, limit)), found, timeout_seconds=limit))
+    known, found = _parse_gold(gold, limit), _read(answer, place, limit)
+    equal = bool(found) and bool(verify(list(known), found, timeout_seconds=limit))
+    return equal and not _other_words(_source(known), _source(found))
+
+
+def _source(items: Sequence[Any]) -> str:
+    """The text that math-verify found an expression in, which it gives beside it."""
+    return next((item for item in reversed(items) if isinstance(item, str)), "")
+
+
+def _other_words(known: str, found: str) -> bool:
+    """Whether two texts have the same letters in other words: as products of their letters they would be equal."""
+    if not (_TEXT.fullmatch(known) and _TEXT.fullmatch(found)):
+        return False
+    words = [[word.casefold() for word in _WHOLE_WORD.findall(text)] for text in (known, found)]
+    if _LIST.search(known) and _LIST.search(found):
+        words = [sorted(part) for part in words]
+    first, second = words
+    return first != second and sorted("".join(first)) == sorted("".join(second))
 
 
 @lru_cache(maxsize=16384)

@@ -889,6 +889,34 @@ def test_answers_are_found_where_they_stand(gold: Any, text: str, expected: floa
     assert math_answer([text], answer=[gold]) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("gold", "said", "expected"),
+    [
+        ("listen", "silent", 0.0),
+        ("listen", "listen", 1.0),
+        ("Listen", "listen", 1.0),
+        ("cat", "act", 0.0),
+        ("12 cats", "12 acts", 0.0),
+        ("ann bob", "bob ann", 0.0),
+        (r"\text{listen}", "listen", 1.0),
+        (r"\text{listen}", r"\text{silent}", 0.0),
+        # Mathematics, lists and units stay what they were.
+        ("ab", "ba", 1.0),
+        ("xyz", "zyx", 1.0),
+        ("lwh", "lhw", 1.0),
+        ("abc", "cab", 1.0),
+        ("eat + 1", "1 + tea", 1.0),
+        ("red, blue", "blue, red", 1.0),
+        ("red and blue", "blue and red", 1.0),
+        ("June 20", "20 June", 1.0),
+        ("5 meters", "5 feet", 1.0),
+    ],
+)
+@pytest.mark.parametrize("form", [r"\boxed{%s}", "<answer>%s</answer>", "The answer is $%s$."])
+def test_words_are_no_products_of_their_letters(gold: str, said: str, expected: float, form: str) -> None:
+    assert math_answer([form % said], answer=[gold]) == [expected]
+
+
 def test_only_boxed_answers_count_if_asked() -> None:
     texts = [r"\boxed{42}", "42", "<answer>42</answer>", r"\boxed{42"]
     assert math_answer(texts, answer=[42] * 4, boxed_only=True) == [1.0, 0.0, 0.0, 0.0]
