@@ -18,7 +18,7 @@ _SHAPES: dict[Kind, tuple[tuple[str, ...], ...]] = {
     "rl": (("prompt",),),
     "sft": (("prompt", "completion"), ("messages",), ("conversations",), ("text",)),
     "preference": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
-    "labelled": (("prompt", "completion", "label"),),
+    "labelled": (("prompt", "completion", "label"), ("prompt", "chosen", "rejected"), ("chosen", "rejected")),
 }
 # Names that other data sets give to our columns, the likeliest first.
 _ALIASES = {
@@ -40,7 +40,7 @@ def check_columns(dataset: Dataset, kind: Kind, what: str = "data.dataset_name")
     `rl`: `prompt`, a string or messages that do not end with the assistant. `sft`: `prompt` + `completion` (strings or
     messages), `messages` (or ShareGPT's `conversations`), or `text`. `preference`: `chosen` and `rejected` with
     `prompt`, or without it where they are whole conversations or texts that begin alike. `labelled`: `prompt` +
-    `completion` and a boolean `label`.
+    `completion` and a boolean `label`, or pairs as for `preference`.
 
     Raises:
         UserError: a column is missing (with the nearest present one), or the first row with a wrong value.
@@ -58,7 +58,7 @@ def check_columns(dataset: Dataset, kind: Kind, what: str = "data.dataset_name")
                     )
             is_messages = [isinstance(v, list) for v in values if not isinstance(v, bool)]
             # A string prompt beside whole conversations is what TRL calls an implicit prompt.
-            if kind == "preference" and is_messages == [False, True, True]:
+            if "chosen" in columns and is_messages == [False, True, True]:
                 is_messages = [True]
             if conversational is None:
                 conversational = is_messages[0]

@@ -118,11 +118,15 @@ def load_labelled(
 ) -> list[tuple[Sequence, bool]]:
     """(prompt with its completion, whether it is a good one), for KTO; tokenised and cut as `load_preferences` does.
 
+    Pairs are taken apart as in TRL: of every thousand first the chosen answers, then the rejected ones.
+
     Raises:
         UserError: a row is wrong (see `check_columns`), the template fails, or no answer is left.
     """
     check_columns(dataset, "labelled")
     rows = [_normalised(row, dataset.features) for row in dataset.with_format(None)]
+    if "chosen" in shape_of(dataset, "labelled", "data.dataset_name"):
+        rows = _unpaired([_with_prompt(row, i) for i, row in enumerate(rows)])
     template = _Template(tokenizer, system_prompt, chat_template_kwargs or {})
     prompts, answers = template.split_ids(rows, "completion")
     starts = [_common(p, a) for p, a in zip(prompts, answers, strict=True)]
@@ -293,6 +297,17 @@ def _with_prompt(row: dict[str, Any], number: int) -> dict[str, Any]:
             fix="give a `prompt` column, or conversations that begin alike and then differ",
         )
     return parts
+
+
+def _unpaired(rows: list[dict[str, Any]], block: int = 1000) -> list[dict[str, Any]]:
+    """Preference rows as labelled ones. An answer is not followed by the other one to its prompt: KTO estimates the KL
+    divergence from prompts with the answer before their own."""
+    return [
+        {**row, "completion": row[column], "label": column == "chosen"}
+        for start in range(0, len(rows), block)
+        for column in ("chosen", "rejected")
+        for row in rows[start : start + block]
+    ]
 
 
 def _normalised(row: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:

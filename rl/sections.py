@@ -140,7 +140,7 @@ class CurriculumConfig(Section):
 class DataConfig(Section):
     """Where rows come from. RL needs `prompt`; SFT `messages`, `conversations`, `text`, or `prompt` + `completion`;
     preferences `prompt`, `chosen`, `rejected`, or whole conversations in the last two (kto: `prompt`, `completion`,
-    `label`). Other columns reach the rewards by name."""
+    `label` too). Other columns reach the rewards by name."""
 
     dataset_name: str | None = None
     """Hub id, a .json / .jsonl / .csv / .parquet file, or `FILE.py:FUNCTION` that returns rows or a Dataset."""
@@ -298,7 +298,8 @@ class PreferenceConfig(Section):
     """Preference tuning: `algorithm.name: dpo` on pairs (or labelled answers), `online_dpo` on rollouts."""
 
     loss_type: Literal["sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "simpo", "orpo", "cpo", "kto"] = "sigmoid"
-    """Objective, by TRL's names (see docs/objectives.md); kto wants rows with prompt, completion and label."""
+    """Objective, by TRL's names (see docs/objectives.md); kto takes rows with prompt, completion and label, or
+    pairs, which it takes apart."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """Factor of the scores: how far the policy may go from the reference; IPO's τ, ORPO's λ."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0

@@ -539,10 +539,10 @@ def test_a_users_own_loss_trains_and_its_faults_are_named(place: Path, tmp_path:
 PREFERENCES = ["sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "simpo", "orpo", "cpo", "kto"]
 
 
-@pytest.mark.parametrize("loss_type", PREFERENCES)
-def test_preferences_are_learned(place: Path, tmp_path: Path, monkeypatch, loss_type: str) -> None:
+@pytest.mark.parametrize(("loss_type", "rows"), [*((name, "pairs") for name in PREFERENCES), ("kto", "labelled")])
+def test_preferences_are_learned(place: Path, tmp_path: Path, monkeypatch, loss_type: str, rows: str) -> None:
     monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
-    data = [f"{s}.dataset_name={place}/labelled.jsonl" for s in ("data", "eval")] if loss_type == "kto" else []
+    data = [f"{s}.dataset_name={place}/{rows}.jsonl" for s in ("data", "eval")]
     options = [f"output_dir={tmp_path}", f"preference.loss_type={loss_type}", *data]
     done = here("run", place / "dpo.yaml", *options)
     assert done.code == 0, done.err
@@ -583,7 +583,7 @@ def test_online_dpo_learns_from_the_best_and_the_worst(place: Path, tmp_path: Pa
 def test_preference_mistakes_are_named(place: Path, tmp_path: Path) -> None:
     for options, message in (
         (["preference.label_smoothing=0.1", "preference.loss_type=hinge"], "label_smoothing"),
-        (["preference.loss_type=kto"], "completion"),
+        (["preference.loss_type=kto", f"data.dataset_name={place}/prompts.jsonl"], "completion"),
         ([f"data.dataset_name={place}/prompts.jsonl"], "chosen"),
         (["preference.loss_type=sigmod"], "sigmoid"),
     ):

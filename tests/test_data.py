@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tandem.rl.columns import check_columns
 from tandem.rl.errors import UserError
-from tandem.rl.examples import load_preferences, load_supervised
+from tandem.rl.examples import load_labelled, load_preferences, load_supervised
 from tandem.rl.prompts import PromptSampler, load_prompts
 from tandem.rl.rows import load_rows
 
@@ -336,6 +336,10 @@ GOOD = [
     ("preference", {"prompt": say("x"), "chosen": A, "rejected": A}),
     ("preference", {"chosen": say("x") + A, "rejected": say("x") + A}),
     ("preference", {"prompt": "x", "chosen": say("x") + A, "rejected": say("x") + A}),
+    ("labelled", {"prompt": "x", "completion": "y", "label": True}),
+    ("labelled", {"prompt": say("x"), "completion": A, "label": False}),
+    ("labelled", {"prompt": "x", "chosen": "y", "rejected": "z"}),
+    ("labelled", {"prompt": "x", "chosen": say("x") + A, "rejected": say("x") + A}),
 ]
 
 
@@ -397,6 +401,12 @@ WRONG = [
         {"prompt": "x", "chosen": "y", "rejected": "z"},
         {"prompt": "x", "chosen": "y", "rejected": A},
         "row 1 mixes",
+    ),
+    (
+        "labelled",
+        {"prompt": "x", "chosen": "y", "rejected": "z"},
+        {"prompt": "x", "chosen": "y", "rejected": ""},
+        "row 1",
     ),
 ]
 
@@ -772,6 +782,20 @@ def test_pairs_without_a_common_first_token_share_no_family(tokenizer):
         " two",
         " three",
     ]
+
+
+@pytest.mark.parametrize("shape", ["strings", "turns", "implicit"])
+def test_pairs_are_taken_apart_for_kto(tokenizer, shape):
+    """In TRL's own order, which shows beyond the first thousand."""
+    from trl.data_utils import extract_prompt, unpair_preference_dataset
+
+    rows = preference_rows(shape)
+    rows += rows[:1] * (1001 - len(rows)) if shape == "strings" else []
+    pairs = datasets.Dataset.from_list(rows)
+    apart = unpair_preference_dataset(pairs.map(extract_prompt) if shape == "implicit" else pairs)
+    labelled = load_labelled(pairs, tokenizer)
+    assert labelled == load_labelled(apart, tokenizer)
+    assert [good for _, good in labelled].count(True) == len(rows) == len(labelled) / 2
 
 
 def test_row_variables_and_tools_reach_the_template(tokenizer):

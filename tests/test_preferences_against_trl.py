@@ -264,6 +264,15 @@ def test_kto_equals_trls(lm, folder, tokenizer, labelled, tmp_path):
     assert_same(outcome, expected, [*REWARDS, *LOG_PROBS, "kl", "entropy"])
 
 
+def test_kto_takes_pairs_apart_as_trl_does(lm, folder, tokenizer, pairs, tmp_path):
+    from trl import KTOConfig, KTOTrainer
+
+    options = {"beta": BETA, "per_device_train_batch_size": 2 * len(pairs)}
+    expected = trl_step(trl_trainer(lm, folder, tokenizer, pairs, KTOTrainer, KTOConfig, tmp_path, **options))
+    outcome = our_step(lm, our_labelled(lm, tokenizer, pairs), "kto", PreferenceOptions(beta=BETA))
+    assert_same(outcome, expected, [*REWARDS, *LOG_PROBS, "kl", "entropy"])
+
+
 # --- CPO, SimPO and ORPO, which have no reference --------------------------------------------------------------------
 
 
