@@ -30,7 +30,7 @@ from tandem.rl.report import write_report
 from tandem.rl.reward_errors import errors_in_words
 from tandem.rl.rewards_command import show_protections
 from tandem.rl.rollout_journal import Mark, RolloutJournal, source_of
-from tandem.rl.run_folder import check_folder, locked, new_folder, with_free_folder
+from tandem.rl.run_folder import check_folder, locked, new_folder
 from tandem.rl.run_length import total_steps
 from tandem.rl.start_time import StartTime
 from tandem.rl.stopping import Stopping
@@ -50,13 +50,11 @@ def run(config: Config, *, dry_run: bool, console: Console) -> bool:
         return True
     with _processes(config, console) as console:
         inputs = prepare(config, console)
-        config = distributed.broadcast(with_free_folder(config, console))
-        run_dir = config.run_dir
-        with new_folder(config, run_dir, console):
+        with new_folder(config, console) as config:
             if distributed.is_main():
-                keep_or_compare(run_dir, inputs.data)
-                keep_model(run_dir, model_facts(config.model))
-            return _train(config, run_dir, inputs, State(), None, console)
+                keep_or_compare(config.run_dir, inputs.data)
+                keep_model(config.run_dir, model_facts(config.model))
+            return _train(config, config.run_dir, inputs, State(), None, console)
 
 
 def resume(
@@ -108,8 +106,7 @@ def replay(source: Path, config: Config, *, console: Console, accept_changed_mod
         inputs = prepare_replay(config, recorded.prompts, console)
         facts = model_facts(config.model)
         other_model(source, config.model, facts, console, accept_changes=accept_changed_model)
-        config = distributed.broadcast(with_free_folder(config, console))
-        with new_folder(config, config.run_dir, console, copied=("journal.jsonl",)):
+        with new_folder(config, console, copied=("journal.jsonl",)) as config:
             console.note(f"{recorded.rollouts} rollouts from the journal of {source}")
             if distributed.is_main():
                 fill(source, config.run_dir, config)

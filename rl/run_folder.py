@@ -3,6 +3,7 @@ nothing came of the run."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,17 +22,6 @@ _RECORDS = ("config.yaml", "data.json", "model.json")
 _BEFORE_THE_FIRST_STEP = {".lock", *_RECORDS, *(f"{name}.tmp" for name in _RECORDS)}
 
 
-def with_free_folder(config: Config, console: Console) -> Config:
-    """A run never writes into another's folder: the second `demo` becomes `demo-2`."""
-    name, number = config.run_name, 1
-    while (Path(config.output_dir) / name).exists():
-        number += 1
-        name = f"{config.run_name}-{number}"
-    if number > 1:
-        console.note(f"{config.run_dir} exists, so this run is named {name}")
-    return config.model_copy(update={"run_name": name})
-
-
 def check_folder(run_dir: Path) -> None:
     """Raises UserError: a run's folder could not be made here, as far as can be told without making it."""
     parent = next(one for one in (run_dir, *run_dir.parents) if one.exists())
@@ -41,28 +31,57 @@ def check_folder(run_dir: Path) -> None:
 
 
 @contextmanager
-def new_folder(config: Config, run_dir: Path, console: Console, *, copied: tuple[str, ...] = ()) -> Iterator[None]:
-    """Make a run's folder with its config and hold it. A run that fails before its first step leaves none: what is
-    wrong with a model or an adapter shows only once they are loaded.
+def new_folder(config: Config, console: Console, *, copied: tuple[str, ...] = ()) -> Iterator[Config]:
+    """Make a folder of the run's own with its config, hold it, and give the config with the name that it got. A run
+    never writes into another's folder: the second `demo` becomes `demo-2`, also where both start at once.
+
+    A run that fails before its first step leaves none: what is wrong with a model or an adapter shows only once they
+    are loaded.
 
     Args:
         copied: names of files that the run did not make itself.
+
+    Raises:
+        UserError: no folder can be made in `output_dir`.
     """
-    if distributed.is_main():
-        try:
-            run_dir.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"the run folder {str(run_dir)!r} cannot be made: {error}", fix="set output_dir") from error
+    config = distributed.broadcast(_with_own_folder(config, console) if distributed.is_main() else config)
+    run_dir = config.run_dir
     try:
         with locked(run_dir, console):
-            if distributed.is_main():
-                save_config(config, run_dir / "config.yaml")
-            console.note(f"run folder: {run_dir}")
-            yield
+            try:
+                if distributed.is_main():
+                    save_config(config, run_dir / "config.yaml")
+                console.note(f"run folder: {run_dir}")
+                yield config
+            except (UserError, OSError):
+                if distributed.is_main() and not _has_begun(run_dir, {*_BEFORE_THE_FIRST_STEP, *copied}):
+                    shutil.rmtree(run_dir, ignore_errors=True)  # while it is held, so that nobody resumes it meanwhile
+                raise
     except (UserError, OSError):
-        if distributed.is_main() and not _has_begun(run_dir, {*_BEFORE_THE_FIRST_STEP, *copied}):
-            shutil.rmtree(run_dir, ignore_errors=True)
+        if distributed.is_main():
+            with contextlib.suppress(OSError):
+                run_dir.rmdir()  # empty where it could not be locked, or a network's file system kept the lock
         raise
+
+
+def _with_own_folder(config: Config, console: Console) -> Config:
+    """The config with a name whose folder was not there before and is there now."""
+    output_dir, name, number = Path(config.output_dir), config.run_name, 1
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                (output_dir / name).mkdir()  # which of two processes succeeds, the file system decides
+                break
+            except FileExistsError:
+                number += 1
+                name = f"{config.run_name}-{number}"
+    except OSError as error:
+        where = str(output_dir / name)
+        raise UserError(f"the run folder {where!r} cannot be made: {error}", fix="set output_dir") from error
+    if number > 1:
+        console.note(f"{config.run_dir} exists, so this run is named {name}")
+    return config.model_copy(update={"run_name": name})
 
 
 @contextmanager

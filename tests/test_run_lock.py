@@ -14,7 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from tandem.rl import run_folder
 from tandem.rl import run_lock as module
+from tandem.rl.config import Config
+from tandem.rl.config_file import parse_config
+from tandem.rl.console import Console
 from tandem.rl.errors import UserError
 from tandem.rl.run_lock import NAME, Owner, run_lock
 
@@ -155,3 +159,78 @@ def test_ages_are_for_people():
         "2 h ago",
         "2 days ago",
     ]
+
+
+STARTS = """
+import sys, time
+from tandem.rl.config_file import parse_config
+from tandem.rl.console import Console
+from tandem.rl.run_folder import new_folder
+config = parse_config({"model": {"model_name_or_path": "m"}, "data": {"dataset_name": "d"},
+                       "algorithm": {"name": "sft"}, "output_dir": sys.argv[1]})
+print("ready", flush=True)
+at = float(sys.stdin.readline())
+for n in range(20):
+    while time.time() < at + n / 50:
+        pass
+    with new_folder(config.model_copy(update={"run_name": f"n{n}"}), Console.silent()) as own:
+        (own.run_dir / "mine").open("x").close()
+        print(own.run_name, flush=True)
+"""
+
+
+def test_runs_of_one_name_that_start_at_once_get_folders_of_their_own(tmp_path):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", STARTS, str(tmp_path / "runs")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    assert [p.stdout.readline() for p in started if p.stdout] == ["ready\n"] * 2
+    at = f"{time.time() + 0.2}\n"
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write(at)
+        process.stdin.flush()
+    done = [p.communicate(timeout=60) for p in started]
+    assert [p.returncode for p in started] == [0, 0], done
+    names = [name for out, _ in done for name in out.split()]
+    assert sorted(names) == sorted([f"n{n}" for n in range(20)] + [f"n{n}-2" for n in range(20)])
+
+
+def config_in(folder: Path) -> Config:
+    data = {"model": {"model_name_or_path": "m"}, "data": {"dataset_name": "d"}, "algorithm": {"name": "sft"}}
+    return parse_config(data | {"output_dir": str(folder / "runs")})
+
+
+def test_a_folder_is_removed_while_it_is_held(tmp_path, monkeypatch):
+    """A run that fails at once must not take away what another process has begun to resume."""
+    held: list[bool] = []
+    remove = run_folder.shutil.rmtree
+
+    def watched(folder: Path, **options: bool) -> None:
+        with pytest.raises(UserError, match="in use by"), run_lock(folder):
+            pass
+        held.append(True)
+        remove(folder, **options)
+
+    monkeypatch.setattr(run_folder.shutil, "rmtree", watched)
+    with pytest.raises(UserError, match="no model"), run_folder.new_folder(config_in(tmp_path), Console.silent()):
+        raise UserError("no model")
+    assert held
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_folder_that_cannot_be_locked_does_not_stay(tmp_path, monkeypatch):
+
+    def full(*_arguments: object) -> int:
+        raise UserError("no space left")
+
+    monkeypatch.setattr(module, "_taken", full)
+    with pytest.raises(UserError, match="no space"), run_folder.new_folder(config_in(tmp_path), Console.silent()):
+        pass
+    assert not list((tmp_path / "runs").iterdir())
