@@ -80,7 +80,8 @@ class RolloutJournal:
         size = self.path.stat().st_size if self.path.exists() else 0
         if size < mark.size:
             note(f"{self.path} has lost rollouts: it holds {size} bytes, and the checkpoint knew of {mark.size}")
-            mark = Mark(mark.rollouts, size)
+            whole = whole_rollouts(self.path, Mark(), lambda text: None) if size else ()
+            mark = Mark(mark.rollouts, max((end for _, end in whole), default=0))
         self.mark = self.before = mark  # behind the rollout that was taken or appended last, and before it
         self._left: Iterator[tuple[Rollout, int]] | None = None
         if size > mark.size:
@@ -118,8 +119,7 @@ class RolloutJournal:
         Raises:
             UserError: it cannot be written. The file is then as it was before.
         """
-        if self._left is not None:  # what the run has not asked for will not be asked for
-            self.cut(self.mark)
+        self.cut(self.mark)  # what the run has not asked for will not be asked for, and a torn line must not go on
         used = _groups(rows) if used is None else used
         number = self.mark.rollouts
         rollout = Rollout(number, position, step, self._source, list(rows), logged, used, list(visits))

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tandem.rl import rollout_journal
 from tandem.rl.config_file import parse_config
 from tandem.rl.errors import UserError
 from tandem.rl.journal import read_rollouts, write_rollouts
@@ -218,6 +219,42 @@ def test_the_source_is_what_rollouts_depend_on():
         assert source_of(parse_config({**base, **same})) == own
     for other in ({"seed": 1}, {"optim": {"learning_rate": 1.0}}, {"rollout": {"temperature": 0.5}}):
         assert source_of(parse_config({**base, **other})) != own
+
+
+@pytest.mark.injects(1)
+@pytest.mark.parametrize("lost", [1, 300, 1500])
+def test_nothing_is_glued_to_a_line_that_is_torn_before_the_checkpoint_s_place(tmp_path, lost):
+    """A disk that lost the end of the file, which the checkpoint already knew of."""
+    marks = filled(tmp_path)
+    os.truncate(journal_path(tmp_path), marks[3].size - lost)
+    book = journal(tmp_path, marks[3])
+    assert book.take(6) is None
+    after = book.append([scored(text="after")], {}, position=6, step=3)
+    assert journal_path(tmp_path).stat().st_size == after.size
+    said: list[str] = []
+    assert [r.number for r in read_journal(tmp_path, said.append)] == [0, 1, 3]
+    assert not said
+    again = journal(tmp_path, replace(marks[3], size=marks[2].size)).take(6)
+    assert again is not None
+    assert [row.text for row in again.rows] == ["after"]
+
+
+@pytest.mark.injects(1)
+def test_nothing_is_glued_to_what_an_append_that_was_given_up_has_left(tmp_path, monkeypatch):
+    """A notice to end may come while a rollout is written."""
+    book, whole = journal(tmp_path), rollout_journal.lines_of
+
+    def given_up(rollout):
+        yield next(whole(rollout))[:100]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rollout_journal, "lines_of", given_up)
+    with pytest.raises(KeyboardInterrupt):
+        book.append([scored()], {}, position=0, step=0)
+    monkeypatch.undo()
+    book.append([scored(text="anew")], {}, position=0, step=0)
+    ((back,),) = ([*rollout.rows] for rollout in read_journal(tmp_path))
+    assert back.text == "anew"
 
 
 @pytest.mark.injects(1)
