@@ -21,7 +21,7 @@ from tandem.rl.checkpoint import State, save_checkpoint, save_final_adapter
 from tandem.rl.config import Config
 from tandem.rl.console import Console
 from tandem.rl.divergence import divergence_error
-from tandem.rl.errors import RunStopped
+from tandem.rl.errors import RunStopped, UserError
 from tandem.rl.evaluate import Judge
 from tandem.rl.experience import (
     advantages_to,
@@ -119,6 +119,7 @@ class Trainer:
             console=console,
         )
         self._watch = RewardWatch(config)
+        self._rewards_out: UserError | None = None  # the end of the run, once a reward has failed too often
         self._parity = ParityGate(lm, config, self._passes.head, engine=engine.name)
         self.total_steps = total_steps(config, data.num_rows)
         judge.max_steps = self.total_steps
@@ -284,12 +285,9 @@ class Trainer:
                 write_rollouts(self._run_dir, state.step, rows)
                 self._trackers.completions(state.step, rows)
             self._console.print_completions(rows, config.log.num_completions_to_print)
-        measured = self._watched(rows) if config.watch.enabled else {}
         if state.failed_rollouts >= config.optim.max_skipped_updates:
-            count, state.failed_rollouts = state.failed_rollouts, 0
-            self._save()
-            raise out_of_order(rows, count, self._run_dir)
-        return measured
+            self._rewards_out = out_of_order(rows, state.failed_rollouts, self._run_dir)
+        return self._watched(rows) if config.watch.enabled else {}
 
     def _watched(self, rows: list[Scored]) -> dict[str, float]:
         """What reward watch measures on a rollout; its alerts are recorded and said."""
@@ -448,8 +446,12 @@ class Trainer:
             raise
 
     def _stop_if_nothing_is_learned(self, metrics: dict[str, float]) -> None:
-        """After a whole iteration, so that the checkpoint lies between two rollouts."""
+        """After a whole iteration, so that the checkpoint lies between two rollouts, and its steps are on record."""
         limit = self._config.optim.max_skipped_updates
+        if self._rewards_out is not None:
+            self._state.failed_rollouts = 0
+            self._save()
+            raise self._rewards_out
         if self._state.skipped_in_a_row >= limit:
             count, self._state.skipped_in_a_row = self._state.skipped_in_a_row, 0
             self._save()

@@ -338,9 +338,13 @@ def test_a_reward_that_is_out_of_order_ends_the_run(place: Place) -> None:
     run = place.folder / "runs" / "broken"
     (checkpoint,) = (run / "checkpoints").iterdir()
     state = json.loads((checkpoint / "state.json").read_text())
-    assert (state["step"], state["failed_rollouts"]) == (4, 0)
+    assert (state["step"], state["failed_rollouts"], state["evaluating"]) == (4, 0, True)
+    lines = place.metrics("broken")
+    assert lines[-1]["step"] == 4, "the step that the checkpoint stands behind is on record"
+    assert lines[-1]["rewards/errors/never"] == 16
     code, said = place.server.run("resume", run, f"rewards.reward_funcs=[{place.folder}/faulty.py:low]", no_report=True)
     assert code == 0, said
+    assert [line["step"] for line in place.metrics("broken")] == [2, 4, 6]
 
 
 def test_no_rollout_is_lost_when_a_reward_ends_the_run(place: Place) -> None:
