@@ -160,11 +160,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         )
     node, parts = raw, key.strip().split(".")
     for part in parts[:-1]:
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-        if not isinstance(node, dict):
+        inner = {} if node.get(part) is None else node[part]
+        if not isinstance(inner, dict):
             raise UserError(f"override {override!r}: {part!r} is not a section")
+        node[part] = dict(inner)  # by an alias (*name) it may be another section's too
+        node = node[part]
     try:
         node[parts[-1]] = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -392,6 +392,13 @@ def test_overrides_apply_in_order_and_keep_the_rest_of_the_section(tmp_path: Pat
     assert yaml.safe_load(path.read_text())["train"] == {"max_tokens": 5}
 
 
+def test_override_leaves_a_section_alone_that_is_the_same_by_an_alias(tmp_path: Path) -> None:
+    text = "data: &rows {dataset_name: d}\neval: *rows\nmodel: {model_name_or_path: m}\nalgorithm: {name: sft}\n"
+    config = load_config(write(tmp_path, text), ["data.max_examples=5", "data.dataset_name=e"])
+    assert (config.data.max_examples, config.data.dataset_name) == (5, "e")
+    assert (config.eval.max_examples, config.eval.dataset_name) == (None, "d")
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
