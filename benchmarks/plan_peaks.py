@@ -2,6 +2,7 @@
 
     python benchmarks/plan_peaks.py                     # on a GPU; makes its checkpoints itself, random ones
     python benchmarks/plan_peaks.py --predict h200      # without one: the predictions alone
+    python benchmarks/plan_peaks.py --again FILE.json   # what today's plan says of what was measured
 
 Sizes, lengths, LoRA ranks and weight formats differ. Every configuration is a run of `rl-train run` in a process of its
 own: rollouts through vLLM with completions of full length, the trial of the largest pack, the update, sleep and wake
@@ -41,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import grpo_step
+from random_checkpoint import SHAPES
 from update import GIB, RESULTS, added_to, header, lines_of, result_path, store
 
 LIMIT = 10.0
@@ -104,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
         work(int(arguments.worker), arguments.model)
     elif arguments.predict:
         predict(arguments)
+    elif arguments.again:
+        predict_again(arguments.again, argv)
     else:
         compare(arguments, argv)
 
@@ -115,6 +119,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--together", type=int, default=10, help="configurations that run at once")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one configuration")
     parser.add_argument("--predict", metavar="CARD", help="print the predictions for a card, and run nothing")
+    parser.add_argument("--again", type=Path, metavar="FILE.json", help="put today's predictions into this result")
     parser.add_argument("--checkpoints", type=Path, help="folder for the checkpoints, which stay (default: none does)")
     parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results)")
     parser.add_argument("--into", type=Path, metavar="FILE.json", help="add to this result, in place of the same cases")
@@ -423,6 +428,21 @@ def predict(arguments: argparse.Namespace) -> None:
             print(f"  {phase}: " + ", ".join(f"{name} {size:.2f}" for name, size in items.items()))
 
 
+def predict_again(path: Path, argv: list[str]) -> None:
+    """Today's predictions in the place of those that a result was measured beside, for the cards' own sizes."""
+    result = added_to(path, {}, "plan_peaks.py", argv)
+    card = result["device"].split()[1].lower()
+    for one in result["rows"]:
+        case = CASES[one["case"]]
+        if one["error"] or one["name"] != case.name:
+            continue
+        plan = plan_on(case, card)
+        one |= {"predicted_gib": predictions(plan), **facts_of(plan)}
+        one |= errors(one)
+    store(path, result | {"summary": summary(result["rows"])})
+    print_table(result["rows"])
+
+
 def needed(number: int, total_gib: float) -> float:
     """GiB that a configuration takes of a card of this size, by its plan."""
     return max(sums["device"] for sums in predictions(plan_on(CASES[number], str(total_gib))).values())
@@ -431,7 +451,6 @@ def needed(number: int, total_gib: float) -> float:
 def plan_on(case: Case, card: str) -> Any:
     """The plan of a configuration with the sizes that it gets on a card; nothing of its checkpoint is needed."""
     import yaml
-    from random_checkpoint import SHAPES
 
     from tandem.rl.config_file import load_config
     from tandem.rl.plan import Longest

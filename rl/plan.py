@@ -40,6 +40,8 @@ MAX_TOKENS = default_max_tokens("cuda")
 OUTSIDE = ("CUDA context and libraries", "CUDA graphs")
 # What it holds beside tensors.
 RESERVE = "allocator's reserve"
+# Whose memory PyTorch reserves, and counts as allocated only while they are recorded.
+RECORDED = "recorded passes"
 # Lengths are searched for up to here, and found to this step.
 _LONGEST, _STEP = 1 << 22, 64
 
@@ -66,7 +68,7 @@ class Phase:
         """Bytes by the names that measured ones have (`memory_metrics.Reading`): of tensors, of PyTorch's allocator, of
         the device."""
         reserved = self.bytes - sum(self.items.get(name, 0) for name in OUTSIDE)
-        allocated = reserved - self.items.get(RESERVE, 0)
+        allocated = reserved - self.items.get(RESERVE, 0) - self.items.get(RECORDED, 0)
         return {"peak_allocated": allocated, "reserved": reserved, "device": self.bytes}
 
 
@@ -113,7 +115,7 @@ class Ledger:
     @property
     def _recordings(self) -> Items:
         size = recorded_bytes(self.setup, self.pack) if self.setup.plan.recorded else 0
-        return {"recorded passes": size} if size else {}
+        return {RECORDED: size} if size else {}
 
     def training(self, tokens: int | None = None) -> Phase:
         """The device while a pack of `tokens` (None: the fullest) is at its peak."""

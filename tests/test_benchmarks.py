@@ -846,6 +846,20 @@ def test_peaks_are_compared_like_with_like() -> None:
     assert found["device"] == {"peaks": 0, "within_10_percent": 0, "worst": None}
 
 
+def test_the_plan_still_says_what_was_measured() -> None:
+    """Peaks of ten configurations on a GPU, stored; whoever changes the plan sees here what that does to them."""
+    newest = sorted((BENCHMARKS / "results").glob("plan-peaks-h*.json"))[-1]
+    rows = json.loads(newest.read_text(encoding="utf-8"))["rows"]
+    assert sorted(row["case"] for row in rows) == list(range(len(plan_peaks.CASES)))
+    for row in rows:
+        case = plan_peaks.CASES[row["case"]]
+        assert row["name"] == case.name
+        predicted = plan_peaks.predictions(plan_peaks.plan_on(case, "h200"))
+        assert predicted == row["predicted_gib"], "python benchmarks/plan_peaks.py --again FILE puts them into the file"
+        for by_kind in plan_peaks.errors(row)["error_percent"].values():
+            assert max(abs(by_kind["reserved"]), abs(by_kind["peak_allocated"])) <= plan_peaks.LIMIT
+
+
 def test_what_a_run_took_is_put_beside_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that a GPU's worker does after its steps, on a plan of the true config and peaks that are made up."""
     from tandem.rl import plan_devices
