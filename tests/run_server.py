@@ -9,15 +9,21 @@ the child ended. A job is JSON:
     count: file that takes the touches of the run, one line each: seconds since the first, event, path.
     file_limit: largest file in bytes, as a full disk is met. no_report: leave the charts out, which take longest.
     patch: Python source that the child runs first.
+    environment: variables that the child has beside those of its `RunServer`.
+    processes: so many ranks of one run, with the variables that `torchrun` gives them. When one fails or `seconds`
+        have passed, the others are killed, as its users see it. Each rank prints into a file of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,56 +39,60 @@ def counted(self, prompts, sampling, *rest, **more):
     return generate(self, prompts, sampling, *rest, **more)
 Engine.generate = counted
 """
+_FIXED = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# What libraries read at their import is that of all tests, not what one test has set for itself when the server starts.
+_AT_FIRST = dict(os.environ)
 _EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
 
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """One for all tests of a pytest process, as imports take seconds and jobs leave nothing in it. It ends with its
+    standard input, so with pytest at the latest."""
+    command, environment = [sys.executable, __file__], _AT_FIRST | _FIXED
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
 class RunServer:
-    """The server as tests use it."""
+    """The server as tests use it. Runs have a cache of their own, and the variables of the moment when it was made."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._number = folder, 0
-        environment = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "TANDEM_CACHE": str(folder / "cache"),
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        self._environment = {**os.environ, **_FIXED, "TANDEM_CACHE": str(folder / "cache")}
 
     def run(self, *arguments: object, **job: Any) -> tuple[int, str]:
-        """Exit code, negative for a signal, and what was printed to both streams."""
+        """Exit code, negative for a signal, and what was printed to both streams. Of several ranks: the code of the one
+        that failed first, and what all printed, in the order of ranks."""
         self._number += 1
         output = self._folder / f"output_{self._number}.txt"
-        job |= {"arguments": [str(a) for a in arguments], "output": str(output)}
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        code = int(self._process.stdout.readline())
-        return code, output.read_text(errors="replace")
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
+        job |= {"arguments": [str(a) for a in arguments], "output": str(output), "cwd": os.getcwd()}
+        job["environment"] = self._environment | job.get("environment", {})
+        server = _server()
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        outputs = [output, *(_output(str(output), rank) for rank in range(1, job.get("processes", 1)))]
+        return code, "".join(Path(path).read_text(errors="replace") for path in outputs)
 
 
 def _serve() -> None:
     import torch
 
-    for name in ("matplotlib.pyplot", "peft", "transformers.models.llama.modeling_llama", "tandem.rl.commands"):
+    names = ["matplotlib.pyplot", "peft", "datasets", "transformers.models.llama.modeling_llama", "tandem.rl.commands"]
+    for name in names:
         importlib.import_module(name)
+    with contextlib.suppress(ImportError, AttributeError):  # a second of patterns for the first model
+        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
     torch.set_num_threads(1)
     for line in sys.stdin:
         job = json.loads(line)
+        if job.get("processes", 1) > 1:
+            print(_ranks(job), flush=True)
+            continue
         ready, tell = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(ready)
-            _child(job, tell)
+        child = _fork(job, tell)
         os.close(tell)
         if "kill_after" in job:
             os.read(ready, 1)
@@ -93,13 +103,55 @@ def _serve() -> None:
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-def _child(job: dict[str, Any], tell: int) -> None:
+def _ranks(job: dict[str, Any]) -> int:
+    """Several processes of one run, as `torchrun` starts them on one host."""
+    size = job["processes"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    running = set()
+    for rank in range(size):
+        own = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        part = {"output": _output(job["output"], rank), "environment": job["environment"] | own}
+        running.add(_fork(job | part))
+    code, end = 0, time.monotonic() + job.get("seconds", 200)
+    while running:
+        ended, status = os.waitpid(-1, os.WNOHANG)
+        running.discard(ended)
+        code = code or (os.waitstatus_to_exitcode(status) if ended else 0)
+        if running and (code or time.monotonic() > end):
+            for child in running:
+                os.kill(child, signal.SIGKILL)
+            while running:
+                running.discard(os.waitpid(-1, 0)[0])
+            return code or -signal.SIGKILL
+        if not ended:
+            time.sleep(0.02)
+    return code
+
+
+def _output(path: str, rank: int) -> str:
+    return f"{path}.{rank}" if rank else path
+
+
+def _fork(job: dict[str, Any], tell: int | None = None) -> int:
+    child = os.fork()
+    if child == 0:
+        _child(job, tell)
+    return child
+
+
+def _child(job: dict[str, Any], tell: int | None) -> None:
     code = 70
     try:
         handle = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdin.close()
+        os.environ.clear()
+        os.environ.update(job["environment"])
+        os.chdir(job["cwd"])
         code = _rl_train(job, tell)
     except BaseException:  # noqa: BLE001 - a child must never return into the server's loop
         import traceback
@@ -111,7 +163,7 @@ def _child(job: dict[str, Any], tell: int) -> None:
         os._exit(code)
 
 
-def _rl_train(job: dict[str, Any], tell: int) -> int:
+def _rl_train(job: dict[str, Any], tell: int | None) -> int:
     from tandem.rl import cli, commands
 
     if job.get("no_report"):
@@ -129,7 +181,7 @@ def _rl_train(job: dict[str, Any], tell: int) -> int:
     return 0
 
 
-def _watch(job: dict[str, Any], tell: int) -> None:
+def _watch(job: dict[str, Any], tell: int | None) -> None:
     touches: list[tuple[float, str, str]] = []
     counting = job.get("count")
     log = os.open(counting, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644) if counting else None
@@ -147,7 +199,7 @@ def _watch(job: dict[str, Any], tell: int) -> None:
                 started.append(path)
             return
         touches.append((time.monotonic(), event, path))
-        if len(touches) == 1:
+        if len(touches) == 1 and tell is not None:
             os.write(tell, b"x")
         if log is not None:
             os.write(log, f"{touches[-1][0] - touches[0][0]:.4f} {event} {path}\n".encode())

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from run_server import RunServer
 from safetensors.torch import load_file
 from tiny_model import save_llama, save_words
 
@@ -46,6 +47,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [{"prompt": f"w{i}", "chosen": f"w{20 + i} w5", "rejected": f"w{30 + i}"} for i in range(9)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in pairs))
     return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> RunServer:
+    return RunServer(tmp_path_factory.mktemp("server"))
 
 
 # What a run differs in; the batches (3 groups, 5 examples) cannot be shared out evenly by two.
@@ -90,11 +96,19 @@ RUNS = {
 }
 
 
-def train(place: Path, name: str, processes: int) -> Path:
+# Started by `torchrun` itself; ranks of the other runs get the same variables from a process that imported all before.
+BY_TORCHRUN = "grpo"
+
+
+def train(place: Path, server: RunServer, name: str, processes: int) -> Path:
     path = write_config(place, name, f"{name}-{processes}")
-    done = launch(place, processes, "run", path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("run folder") == 1, "one process talks"
+    if name == BY_TORCHRUN and processes > 1:
+        done = torchrun(place, processes, "run", path)
+        code, said = done.returncode, done.stdout + done.stderr
+    else:
+        code, said = server.run("run", path, processes=processes, environment=cache(place, processes))
+    assert code == 0, said[-3000:]
+    assert said.count("run folder") == 1, "one process talks"
     return place / "runs" / f"{name}-{processes}"
 
 
@@ -115,22 +129,20 @@ def write_config(place: Path, name: str, run_name: str) -> Path:
     return path
 
 
-def launch(place: Path, processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    program = ["-c", "from tandem.rl.cli import main; main()"] if processes == 1 else [
-        "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "tandem.rl.cli"
-    ]  # fmt: skip
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TANDEM_CACHE": str(place / f"c{processes}"),
-    }
+def cache(place: Path, processes: int) -> dict[str, str]:
+    return {"TANDEM_CACHE": str(place / f"c{processes}")}
+
+
+def torchrun(place: Path, processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    program = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "tandem.rl.cli"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | cache(place, processes)
     command = [sys.executable, *program, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_make_the_same_run(place: Path, name: str) -> None:
-    one, two = (train(place, name, n) for n in (1, 2))
+def test_two_processes_make_the_same_run(place: Path, server: RunServer, name: str) -> None:
+    one, two = (train(place, server, name, n) for n in (1, 2))
     first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two))
     names = sorted(name for name in first if "lora_B" in name)
     flat = [torch.cat([run[name].double().flatten() for name in names]) for run in (first, second)]
@@ -147,13 +159,13 @@ def test_two_processes_make_the_same_run(place: Path, name: str) -> None:
                 assert a[key] == b[key] or b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-4), key
 
 
-def test_a_reward_that_fails_on_one_rank_loses_no_rank_s_completions(place: Path) -> None:
+def test_a_reward_that_fails_on_one_rank_loses_no_rank_s_completions(place: Path, server: RunServer) -> None:
     right = place / "runs" / "grpo-2"
     if not right.exists():
-        train(place, "grpo", 2)
+        train(place, server, "grpo", 2)
     (place / "broken").touch()
     path = write_config(place, "grpo", "wrong")
-    done = launch(place, 2, "run", path)
+    done = torchrun(place, 2, "run", path)
     assert done.returncode != 0
     assert "not yet" in done.stderr
     run = place / "runs" / "wrong"
@@ -161,9 +173,9 @@ def test_a_reward_that_fails_on_one_rank_loses_no_rank_s_completions(place: Path
     assert [json.loads(line)["group"] for line in kept] == [0] * 4 + [1] * 4 + [2] * 4
     assert (run / "checkpoints" / "step_000002").is_dir()
     (place / "broken").unlink()
-    done = launch(place, 2, "resume", run)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "scoring 12 completions that were generated before" in done.stdout
+    code, said = server.run("resume", run, processes=2, environment=cache(place, 2))
+    assert code == 0, said[-3000:]
+    assert "scoring 12 completions that were generated before" in said
     assert not (run / "unscored.jsonl").exists()
     for name in ("journal.jsonl", "adapter/adapter_model.safetensors"):
         assert (run / name).read_bytes() == (right / name).read_bytes(), name

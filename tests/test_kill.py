@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +67,8 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunServer]:
-    made = RunServer(tmp_path_factory.mktemp("server"))
-    yield made
-    made.close()
+def server(tmp_path_factory: pytest.TempPathFactory) -> RunServer:
+    return RunServer(tmp_path_factory.mktemp("server"))
 
 
 @pytest.fixture(scope="module")

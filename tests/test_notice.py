@@ -7,7 +7,6 @@ says so. The adapter has dropout, so that a random state that is not put back sh
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -115,10 +114,8 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunServer]:
-    made = RunServer(tmp_path_factory.mktemp("server"))
-    yield made
-    made.close()
+def server(tmp_path_factory: pytest.TempPathFactory) -> RunServer:
+    return RunServer(tmp_path_factory.mktemp("server"))
 
 
 @pytest.fixture(scope="module")

@@ -364,7 +364,6 @@ def test_a_run_is_the_same_with_and_without(tmp_path: Path) -> None:
         found[overlap] = outcome(tmp_path / "runs" / f"run-{overlap}")
         metrics = (tmp_path / "runs" / f"run-{overlap}" / "metrics.jsonl").read_text()
         assert ("perf/hidden_reward_seconds" in metrics) == overlap
-    server.close()
     assert found[True] == found[False]
 
 

@@ -343,8 +343,7 @@ def place(tmp_path_factory: pytest.TempPathFactory):
     server = RunServer(folder)
     code, said = server.run("run", config, "run_name=plain", no_report=True)
     assert code == 0, said
-    yield folder, config, server
-    server.close()
+    return folder, config, server
 
 
 def with_watched(folder: Path, config: Path, *functions: str) -> Path:

@@ -223,10 +223,8 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    made = Place(tmp_path_factory.mktemp("sampling"))
-    yield made
-    made.server.close()
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("sampling"))
 
 
 def test_a_run_says_what_it_sampled(place: Place) -> None:
