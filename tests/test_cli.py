@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from run_server import RunServer
 from tiny_model import save_llama
 
 from tandem.rl import cli
@@ -167,6 +168,7 @@ def dpo_config() -> dict[str, Any]:
 
 
 def process(*arguments: object) -> Done:
+    """As a user types it, imports and all."""
     done = subprocess.run(
         [*RL_TRAIN, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False, env=ENVIRONMENT
     )
@@ -402,8 +404,8 @@ def test_resumed_after_an_interrupt_is_as_uninterrupted(
 ) -> None:
     run = tmp_path / "stopped"
     shutil.copytree(stopped_run[0], run)
-    done = process("resume", run)
-    assert done.code == 0, done.err
+    code, said = RunServer(tmp_path).run("resume", run)
+    assert code == 0, said
     assert_same_run(run, grpo_run[0])
 
 
