@@ -106,7 +106,8 @@ def train(place: Path, server: RunServer, name: str, processes: int) -> Path:
         done = torchrun(place, processes, "run", path)
         code, said = done.returncode, done.stdout + done.stderr
     else:
-        code, said = server.run("run", path, processes=processes, environment=cache(place, processes))
+        job = {"processes": processes, "environment": cache(place, processes)}
+        code, said = server.run("run", path, no_report=processes > 1, **job)
     assert code == 0, said[-3000:]
     assert said.count("run folder") == 1, "one process talks"
     return place / "runs" / f"{name}-{processes}"
@@ -173,7 +174,7 @@ def test_a_reward_that_fails_on_one_rank_loses_no_rank_s_completions(place: Path
     assert [json.loads(line)["group"] for line in kept] == [0] * 4 + [1] * 4 + [2] * 4
     assert (run / "checkpoints" / "step_000002").is_dir()
     (place / "broken").unlink()
-    code, said = server.run("resume", run, processes=2, environment=cache(place, 2))
+    code, said = server.run("resume", run, processes=2, environment=cache(place, 2), no_report=True)
     assert code == 0, said[-3000:]
     assert "scoring 12 completions that were generated before" in said
     assert not (run / "unscored.jsonl").exists()
