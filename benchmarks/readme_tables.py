@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- update-results -->", "<!-- /update-results -->"
 KERNELS_BEGIN, KERNELS_END = "<!-- kernel-results -->", "<!-- /kernel-results -->"
+LONG_BEGIN, LONG_END = "<!-- long-results -->", "<!-- /long-results -->"
 ROLLOUT_BEGIN, ROLLOUT_END = "<!-- rollout-results -->", "<!-- /rollout-results -->"
 NAMES = {
     "tandem": "Tandem, in the memory that is free",
@@ -26,6 +27,7 @@ NAMES = {
 
 def main() -> None:
     fill(ROOT / "README.md", BEGIN, END, update_table())
+    fill(ROOT / "README.md", LONG_BEGIN, LONG_END, long_table())
     fill(ROOT / "README.md", ROLLOUT_BEGIN, ROLLOUT_END, rollout_table())
     fill(ROOT / "docs" / "kernels.md", KERNELS_BEGIN, KERNELS_END, kernel_table())
 
@@ -118,6 +120,30 @@ def rollout_table() -> str:
         f"{phases['push_ms']:.1f} ms to hand the adapter over (medians of {phases['cycles']} cycles, after which "
         f"{phases['drift_mib']:.0f} MiB more were in use).",
     ]
+    return "\n".join(lines)
+
+
+def long_table() -> str:
+    """Of every cap the longest whole step that came to its end, the newest of several."""
+    found: dict[float, tuple[Path, dict[str, Any], dict[str, Any]]] = {}
+    for path in sorted(RESULTS.glob("grpo-step-*.json"), key=_date):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for row in result["rows"]:
+            cap, before = row["cap_gib"], found.get(row["cap_gib"])
+            if cap and row["step"] and not row["error"] and (not before or row["context"] >= before[2]["context"]):
+                found[cap] = path, result, row
+    lines = [
+        "| memory | prompt + completions | KV cache | device, at the peak | rollout | check | update | whole step |"
+    ]
+    lines.append("|---" * 8 + "|")
+    for cap, (path, result, row) in sorted(found.items()):
+        parts, cache = row["parts"], "fp8" if "kv_cache_dtype=fp8" in result["command"] else "bf16"
+        cells = [
+            f"{cap:.0f} GiB", f"{row['prompt_tokens']:,} + {row['generations']} × {row['completion_tokens']:,}", cache,
+            f"{row['device_gib']:.1f} GiB", *(f"{parts[name]:.0f} s" for name in ("generate", "parity", "backward")),
+            f"{row['seconds']:.0f} s ({_link(path)})",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

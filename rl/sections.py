@@ -360,7 +360,7 @@ class TrainConfig(Section):
     them again (a tenth of the time); auto: on a GPU, of as many layers as there is memory left for."""
     cuda_graphs: bool | Literal["auto"] = "auto"
     """Fused layers of a small model, on a GPU: record both passes of packs, padded to be alike, and replay them, which
-    takes far fewer calls (a fifth of the time); auto: where the plan has room for what recordings keep."""
+    takes far fewer calls and a fraction of the time; auto: where the plan has room for what recordings keep."""
 
 
 class OptimConfig(Section):
