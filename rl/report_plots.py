@@ -354,8 +354,7 @@ def _image(draw: Any, theme: _Theme, across: str, place: Any = None) -> tuple[by
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    layout = "constrained" if place is None else "none"
-    figure = Figure(figsize=(5.6, 2.9), dpi=144, facecolor=theme.paper, layout=layout)
+    figure = Figure(figsize=(5.6, 2.9), dpi=144, facecolor=theme.paper, layout="constrained" if place is None else None)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor=theme.paper)
     if place is not None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from tandem.rollout.process_state import attention_preserved
+
 
 @dataclass(frozen=True)
 class Relied:
@@ -100,7 +102,8 @@ def refusal(
     relied = accepted.get(version.partition("+")[0])
     if relied is None:
         return f"vLLM {version} is installed, and only {' and '.join(accepted)} has been tried"
-    wrong = missing(relied, module=module)
+    with attention_preserved():
+        wrong = missing(relied, module=module)
     if wrong:
         return f"vLLM {version} lacks what the engine relies on: {'; '.join(wrong)}"
     return None

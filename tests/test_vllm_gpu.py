@@ -95,6 +95,7 @@ def build(name: str, folder: Path) -> SimpleNamespace:
     from tandem.rollout.vllm_versions import refusal
 
     assert refusal() is None, refusal()
+    assert torch.backends.cuda.cudnn_sdp_enabled(), "vLLM's import switches it off"
     source, format, compiled = ENGINES[name]
     path = source if source == TRAINED else str(checkpoint(source, folder))
     quantised = {"load_in_4bit": True, "weight_format": format}

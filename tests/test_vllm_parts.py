@@ -95,6 +95,11 @@ def test_the_installed_vllm_is_accepted():
 # Side effects ----------------------------------------------------------------------------------------------------
 
 
+def attention() -> dict[str, bool]:
+    cuda = torch.backends.cuda
+    return {name: getattr(cuda, f"{name}_sdp_enabled")() for name in ("cudnn", "flash", "mem_efficient", "math")}
+
+
 def everything() -> tuple:
     return (
         random.getstate(),
@@ -103,6 +108,7 @@ def everything() -> tuple:
         torch.get_float32_matmul_precision(),
         torch.get_default_dtype(),
         torch.get_default_device(),
+        attention(),
         dict(os.environ),
         logging.getLogger("an_engine").level,
     )
@@ -125,6 +131,8 @@ def test_the_process_is_left_as_it_was_found(fails, monkeypatch):
             torch.set_float32_matmul_precision("medium")
             torch.set_default_dtype(torch.bfloat16)
             torch.set_default_device("meta")
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            torch.backends.cuda.enable_math_sdp(False)
             os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
             del os.environ["ENGINE_REMOVED"]
             if fails:
@@ -136,6 +144,27 @@ def test_the_process_is_left_as_it_was_found(fails, monkeypatch):
     else:
         meddle()
     assert everything() == before
+
+
+@pytest.mark.parametrize("fault", [None, ImportError("no such module")])
+@pytest.mark.parametrize("own", [True, False])
+def test_cudnns_attention_stays_as_it_was_when_vllm_is_imported(own: bool, fault: Exception | None) -> None:
+    """vLLM 0.24 switches it off for the whole process as `vllm.platforms.cuda` is imported."""
+
+    def module(name: str) -> SimpleNamespace:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        if fault:
+            raise fault
+        return SimpleNamespace()
+
+    before = attention()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(own)
+        said = refusal({"1.2": (Relied("vllm", "LLM"),)}, version_of=lambda _: "1.2", module=module)
+        assert said is not None
+        assert attention() == {**before, "cudnn": own}
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before["cudnn"])
 
 
 def test_without_a_stream_nothing_happens():
