@@ -2,7 +2,7 @@
 # The GPU benchmarks one after the other, so that each has the card to itself.
 #
 #   benchmarks/run_all.sh OUT SMOLLM2 [part ...]        parts: graphs profile pinned learning long24 long80 peaks
-#                                                       rollout steps run200 (all of them without a name, in this order)
+#                                                       rollout apart steps run200 (all of them without a name, in this order)
 #
 # OUT gets the results, a log of each part and `timeline`, a line for every part that has ended: seconds since the start,
 # the part and its exit status. SMOLLM2 is the folder of SmolLM2-135M-Instruct. Checkpoints of other shapes are random
@@ -37,10 +37,11 @@ long() { # GIB LENGTH
         --set rollout.kv_cache_dtype=fp8 rollout.torch_compile=false train.worst_case_first=false --out "$out"
 }
 
-for name in "${@:-graphs profile pinned learning long24 long80 peaks rollout steps run200}"; do
+for name in "${@:-graphs profile pinned learning long24 long80 peaks rollout apart steps run200}"; do
     for one in $name; do
         case $one in
-            graphs) part graphs 120 "$python" -m pytest -q -m gpu -s tests/test_layer_graphs_gpu.py tests/test_fused_gpu.py ;;
+            graphs) part graphs 120 "$python" -m pytest -q -m gpu -s tests/test_layer_graphs_gpu.py \
+                tests/test_pinned_memory.py tests/test_fused_gpu.py ;;
             profile)
                 for graphs in false true; do
                     part "profile-$graphs" 150 "$python" benchmarks/profile_step.py examples/arithmetic.yaml \
@@ -60,6 +61,11 @@ for name in "${@:-graphs profile pinned learning long24 long80 peaks rollout ste
             rollout)
                 large_checkpoint
                 part rollout 560 "$python" benchmarks/rollout.py "$large" --together --timeout 550 --out "$out"
+                ;;
+            apart)
+                large_checkpoint
+                part apart 400 "$python" benchmarks/rollout.py "$large" --systems vllm-bnb tandem-nf4-apart --batches 32 \
+                    --cycles 1 --kv-gib 3 --together --timeout 390 --out "$out"
                 ;;
             steps)
                 large_checkpoint

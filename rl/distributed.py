@@ -90,7 +90,8 @@ def any_rank(flag: bool) -> bool:
 
 
 def barrier() -> None:
-    if dist.is_initialized():
+    # vLLM makes a group of one process, whose barrier would take memory for NCCL and warn.
+    if world_size() > 1:
         dist.barrier()
 
 

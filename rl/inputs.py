@@ -310,8 +310,10 @@ def quiet_libraries() -> None:
         import datasets
         import transformers
 
-    # Deprecations between transformers and peft are not the user's to mend.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    # Deprecations between transformers, peft, vLLM and PyTorch are not the user's to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|vllm)\.")
+    # Autograd's thread may multiply before anything else, which makes the context that it says is missing.
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
     datasets.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

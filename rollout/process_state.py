@@ -11,33 +11,38 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
+try:
+    from triton import knobs
+except ImportError:  # no Triton here, or one from before 3.4
+    knobs = None
+
 
 @contextmanager
-def preserved(environment: Mapping[str, str] | None = None, *, quiet: str | None = None) -> Iterator[None]:
+def preserved(environment: Mapping[str, str] | None = None, *, quiet: Sequence[str] = ()) -> Iterator[None]:
     """Leave the process as it was found: random states, float32 precision, default type and device, the current
-    CUDA stream, environment variables, and which attention PyTorch may take.
+    CUDA stream, environment variables, which attention PyTorch may take, and what Triton does when it compiles.
 
     Args:
         environment: variables set while this is open, where the user has not set them.
-        quiet: a logger that says errors only while this is open; None: none.
+        quiet: loggers that say errors only while this is open.
     """
     before = _snapshot()
-    logger = logging.getLogger(quiet) if quiet else None
-    level = logger.level if logger else 0
+    loggers = [logging.getLogger(name) for name in quiet]
+    levels = [logger.level for logger in loggers]
     os.environ.update({k: v for k, v in (environment or {}).items() if k not in os.environ})
-    if logger:
+    for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        if logger:
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         _restore(before)
 
@@ -88,7 +93,12 @@ def _snapshot() -> dict[str, Any]:
         "device": torch.get_default_device(),
         "stream": torch.cuda.current_stream() if cuda else None,
         "attention": _attention(),
+        "compiling": _compiling(),
     }
+
+
+def _compiling() -> tuple[Any, bool] | None:
+    return None if knobs is None else (knobs.runtime.jit_post_compile_hook, knobs.autotuning.print)
 
 
 def _attention() -> dict[str, bool]:
@@ -107,6 +117,10 @@ def _set_attention(enabled: dict[str, bool]) -> None:
 
 
 def _restore(state: dict[str, Any]) -> None:
+    if knobs is not None and _compiling() != state["compiling"]:
+        # vLLM warns of every kernel that is compiled once it is up, and takes the trainer's for its own. Triton writes
+        # its knobs to the environment, which is therefore put back behind them.
+        knobs.runtime.jit_post_compile_hook, knobs.autotuning.print = state["compiling"]
     for name in os.environ.keys() - state["environment"].keys():
         del os.environ[name]
     os.environ.update(state["environment"])

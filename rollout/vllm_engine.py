@@ -40,6 +40,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
+_LOGGERS = ("vllm", "flashinfer.jit")
 
 
 class VllmEngine:
@@ -85,7 +86,7 @@ class VllmEngine:
         self._names = PolicyNames()
         self._sleeps, self._asleep = self.kv_cache_bytes > options.sleep_above, False
         self._stream: Any = None
-        with preserved(ENVIRONMENT, quiet="vllm"):
+        with preserved(ENVIRONMENT, quiet=_LOGGERS):
             self._api = api or load_api()
             with self._api.sharing(store) if store is not None else nullcontext({}) as shared:
                 model = config_folder(config, type(language_model.causal_lm).__name__) if store is not None else source
@@ -151,7 +152,7 @@ class VllmEngine:
             if progress:
                 progress(len(groups) * sampling.num_generations, len(prompts) * sampling.num_generations)
 
-        with preserved(quiet="vllm"), on_stream(self._stream):
+        with preserved(quiet=_LOGGERS), on_stream(self._stream):
             if not self._seed_per_completion:
                 # `preserved` puts the random state back, so without this every call would draw the same numbers.
                 torch.manual_seed(request_seed(sampling.seed, prompts[0]))
@@ -205,7 +206,7 @@ class VllmEngine:
     def sleep(self) -> None:
         """Give the KV cache's memory back; a second call does nothing, and neither does one with a small cache."""
         if self._sleeps and not self._asleep:
-            with preserved(quiet="vllm"), on_stream(self._stream):
+            with preserved(quiet=_LOGGERS), on_stream(self._stream):
                 self._llm.sleep(level=1)
             self._asleep = True
 
@@ -220,7 +221,7 @@ class VllmEngine:
             if self._lm.device.type == "cuda":
                 # vLLM asks the driver for memory, not PyTorch, which may still hold what the update used.
                 torch.cuda.empty_cache()
-            with preserved(quiet="vllm"), on_stream(self._stream):
+            with preserved(quiet=_LOGGERS), on_stream(self._stream):
                 self._llm.wake_up()
             self._asleep = False
 
@@ -231,7 +232,7 @@ class VllmEngine:
         try:
             if self._asleep and free_bytes(self._lm.device) > self.kv_cache_bytes:
                 self.wake()
-            with preserved(quiet="vllm"), on_stream(self._stream):
+            with preserved(quiet=_LOGGERS), on_stream(self._stream):
                 self._llm.llm_engine.engine_core.shutdown()
         finally:  # a dead engine may be unable to shut down, and holds memory like any other
             if isinstance(self._push, FolderPush):

@@ -19,7 +19,7 @@ from tandem.kernels.nf4 import write_nf4_stack
 from tandem.rl.errors import UserError
 from tandem.rollout import sleep_pools, stored_linear
 from tandem.rollout.policy_adapter import InPlacePush, LoraPart, PolicyNames, Stacks, buffer_rank
-from tandem.rollout.process_state import on_stream, preserved
+from tandem.rollout.process_state import knobs, on_stream, preserved
 from tandem.rollout.stored_linear import release_scratch, reserve_scratch
 from tandem.rollout.vllm_plan import GIB, HEADROOM, VllmOptions, config_folder, kv_bytes_per_token, kv_cache_bytes
 from tandem.rollout.vllm_versions import ACCEPTED, LORA_RANKS, Relied, missing, refusal
@@ -109,6 +109,7 @@ def everything() -> tuple:
         torch.get_default_dtype(),
         torch.get_default_device(),
         attention(),
+        None if knobs is None else (knobs.runtime.jit_post_compile_hook, knobs.autotuning.print),
         dict(os.environ),
         logging.getLogger("an_engine").level,
     )
@@ -121,7 +122,7 @@ def test_the_process_is_left_as_it_was_found(fails, monkeypatch):
     before = everything()
 
     def meddle() -> None:
-        with preserved({"ENGINE_SET_BY_USER": "engine", "ENGINE_SWITCH": "1"}, quiet="an_engine"):
+        with preserved({"ENGINE_SET_BY_USER": "engine", "ENGINE_SWITCH": "1"}, quiet=("an_engine",)):
             assert os.environ["ENGINE_SWITCH"] == "1"
             assert os.environ["ENGINE_SET_BY_USER"] == "mine"
             assert not logging.getLogger("an_engine").isEnabledFor(logging.WARNING)
@@ -133,6 +134,9 @@ def test_the_process_is_left_as_it_was_found(fails, monkeypatch):
             torch.set_default_device("meta")
             torch.backends.cuda.enable_cudnn_sdp(False)
             torch.backends.cuda.enable_math_sdp(False)
+            if knobs is not None:
+                knobs.runtime.jit_post_compile_hook = print
+                knobs.autotuning.print = True
             os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
             del os.environ["ENGINE_REMOVED"]
             if fails:
