@@ -78,10 +78,10 @@ def layout_of(pack: Pack) -> PackLayout:
 
 def pack_log_probs(lm: LanguageModel, pack: Pack, head: HeadOptions) -> TokenScores:
     """Log-probs and entropies `[N]` of a pack's scored tokens. Must run inside `lm.packed()`."""
-    return _scores(lm, pack, _scored_hidden(lm, pack), head)
+    return _scores(lm, pack, scored_hidden(lm, pack), head)
 
 
-def _scored_hidden(lm: LanguageModel, pack: Pack) -> torch.Tensor:
+def scored_hidden(lm: LanguageModel, pack: Pack) -> torch.Tensor:
     """Last hidden states `[N, d]` that a pack's scored tokens are predicted from."""
     hidden = lm.packed_hidden(
         torch.tensor(pack.input_ids, device=lm.device),
@@ -113,7 +113,7 @@ def log_probs_of_heads(
     found = [([empty] * num_sequences, [empty] * num_sequences) for _ in heads]
     with lm.packed():
         for pack in packs:
-            hidden = _scored_hidden(lm, pack)
+            hidden = scored_hidden(lm, pack)
             for (log_probs, entropies), head in zip(found, heads, strict=True):
                 scores = _scores(lm, pack, hidden, head)
                 parts = [values.split(pack.counts) for values in (scores.log_probs, scores.entropy)]

@@ -24,23 +24,23 @@ from tandem.rl.trial_update import WorstBatch
 # packs before it are there, or in its forward pass. Prints what fails.
 SMALL_DEVICE = """
 import torch
-from tandem.rl import preference_step, step, trial_update
-real = step.pack_log_probs
-def limited(lm, pack, head):
+from tandem.rl import step
+real = step.scored_hidden
+def limited(lm, pack):
     where = WHERE if torch.is_grad_enabled() else "forward"
     def fail(grad=None):
         print("FAILS", where, pack.num_tokens, flush=True)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has no more")
     large = pack.num_tokens > LIMIT
     if large and where == "forward":
-        real(lm, pack, head)
+        real(lm, pack)
         torch.rand(3)
         fail()
-    scores = real(lm, pack, head)
+    hidden = real(lm, pack)
     if large:
-        scores.log_probs.register_hook(fail)
-    return scores
-step.pack_log_probs = preference_step.pack_log_probs = trial_update.pack_log_probs = limited
+        hidden.register_hook(fail)
+    return hidden
+step.scored_hidden = limited
 """
 # Nothing fits from the so-manieth update on.
 GONE = """
