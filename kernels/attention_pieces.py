@@ -13,14 +13,11 @@ from typing import TypedDict
 import torch
 import torch.nn.functional as F
 
+from tandem.kernels import attention_plan
 from tandem.kernels.attention_blocked import Gradients, Scoring
 from tandem.kernels.attention_plan import Cross, Run
+from tandem.kernels.reference import ceil_div
 
-# cuDNN builds a plan for every new length, which takes longer than the attention of a short segment in all layers,
-# and PyTorch keeps all plans. So lengths are rounded up to a multiple of this, except from EXACT_LENGTH on, where
-# the padding would cost more memory than the plan costs time.
-PLAN_ROWS = 256
-EXACT_LENGTH = 32768
 # A log-sum-exp that makes every weight of its row e^(s − lse) = 0.
 _NO_WEIGHT = 1e30
 # What both kernels read at a time.
@@ -289,8 +286,9 @@ def _cross_cuts(cross: Cross, scoring: Scoring) -> _Cuts:
 
 
 def planned_rows(rows: int) -> int:
-    """The length that cuDNN is asked to plan for."""
-    return rows if rows >= EXACT_LENGTH else -(-rows // PLAN_ROWS) * PLAN_ROWS
+    """The length that cuDNN is asked to plan for: lengths that `attention_plan` has not cut are padded."""
+    unit = attention_plan.PLAN_ROWS
+    return rows if rows >= attention_plan.EXACT_LENGTH else ceil_div(rows, unit) * unit
 
 
 def _reach(x: torch.Tensor, at: slice) -> torch.Tensor:

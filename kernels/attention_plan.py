@@ -6,8 +6,12 @@ children against the root's keys, without a mask; the two results of a child's r
     lse = log(e^l₁ + e^l₂)    O = O₁·e^(l₁ − lse) + O₂·e^(l₂ − lse)
 
 The backward pass of every piece gets the merged O and lse, with which its weights are the true ones; dQ is the sum of
-both pieces, and a root's dK and dV are those of its own segment plus those of the cross piece. Each sum has two terms,
-so adding them in the tensors' own type rounds once.
+both pieces, and a root's dK and dV are those of its own segment plus those of the cross piece. Each sum has a few
+terms, so adding them in the tensors' own type rounds once or twice.
+
+Long pieces go to cuDNN, for which PyTorch builds a plan for every new size and keeps it for good. So that a run of many
+lengths meets few sizes, very long ones are cut to lengths that come again: a segment's last rows, a sixteenth at most,
+look back at the rows before them as a child looks back at its root.
 
 Which segments go where depends on the layout alone: `plan` works it out once for all layers.
 """
@@ -32,13 +36,21 @@ except ImportError:  # the twin answers where Triton does not exist
 
 # Segments from this length on are long: a call each, to cuDNN.
 LONG_SEGMENT = 2048
-# Cross pieces of so many scores a head are long. Higher than a segment's, because cuDNN plans for every new root
-# length, and only work of about this size earns that back over the layers of a model.
-LONG_CROSS = 8192 * 8192
+# Cross pieces of so many scores a head are long. Higher than a segment's, because pairs of lengths come again less
+# often, and only work of this size earns a plan back over the layers of a model.
+LONG_CROSS = 16384 * 16384
+# A long segment is padded to a multiple of this; from EXACT_LENGTH on, where that would cost memory, it is cut.
+PLAN_ROWS = 256
+EXACT_LENGTH = 32768
+# Lengths between a power of two and the next, of those that pieces are cut to.
+_LENGTHS = 16
 # Rows of a merge at a time, where it is plain PyTorch.
 _MERGE_ROWS = 4096
 
 Rows = slice | torch.Tensor
+_Range = tuple[int, int]
+# Rows and keys.
+_Pair = tuple[_Range, _Range]
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Cross:
-    """Rows of children against keys of their roots, family by family, without a mask.
+    """Rows against keys that all of them see, without a mask: children against their root, family by family, or the end
+    of a segment that was cut against its beginning.
 
     rows, keys: slices of the pack, or where several families share the call, int64 indices on the device.
     """
@@ -172,13 +185,14 @@ def rounded_plan(layout: PackLayout, device: torch.device, unit: int) -> Plan | 
 
 
 def _name(window: int | None, device: torch.device) -> tuple[object, ...]:
-    return "pieces", window, device, LONG_SEGMENT, LONG_CROSS
+    return "pieces", window, device, LONG_SEGMENT, LONG_CROSS, PLAN_ROWS, EXACT_LENGTH
 
 
 def _plan(families: list[Family], window: int | None, device: torch.device) -> Plan:
     runs: list[Run] = []
     blocked: list[int] = []
-    crossed: list[Family] = []
+    crossed: list[_Pair] = []
+    cut: list[_Pair] = []
     short: list[tuple[int, int]] = []
 
     def flush() -> None:
@@ -193,24 +207,49 @@ def _plan(families: list[Family], window: int | None, device: torch.device) -> P
             blocked.append(index)
             continue
         if family.children:
-            crossed.append(family)
+            crossed.append(((family.root[1], family.end), family.root))
         for a, b in family.segments:
             if b - a >= LONG_SEGMENT and (window is None or window >= b - a):
                 flush()
-                runs.append(_run([(a, b)], device, long=True))
+                middle = a + cut_length(b - a) if b - a >= EXACT_LENGTH else b
+                runs.append(_run([(a, middle)], device, long=True))
+                if middle < b:
+                    cut.append(((middle, b), (a, middle)))
+                    short.append((middle, b))
             else:
                 short.append((a, b))
     flush()
-    long = [f for f in crossed if _cross_scores(f) >= LONG_CROSS]
-    together = [f for f in crossed if _cross_scores(f) < LONG_CROSS]
-    crosses = [_cross([f], device, long=True) for f in long]
-    if together:
+    crosses = [one for pair in cut for one in _crosses(pair, device)]
+    long = [pair for pair in crossed if _scores(pair) >= LONG_CROSS]
+    crosses += [one for pair in long for one in _crosses(pair, device)]
+    # Of different families neither rows nor keys come twice, as they must not in one call.
+    if together := [pair for pair in crossed if _scores(pair) < LONG_CROSS]:
         crosses.append(_cross(together, device, long=False))
     return Plan(runs, crosses, blocked)
 
 
-def _cross_scores(family: Family) -> int:
-    return (family.end - family.root[1]) * (family.root[1] - family.root[0])
+def _crosses(pair: _Pair, device: torch.device) -> list[Cross]:
+    """The pair; where it is long, the part of it whose lengths come again, and the rest of the keys and of the rows."""
+    (a, b), (c, d) = pair
+    rows, keys = a + cut_length(b - a), c + cut_length(d - c)
+    if _scores(pair) < LONG_CROSS or rows == a or keys == c:
+        return [_cross([pair], device, long=False)]
+    rest = [((a, rows), (keys, d)), ((rows, b), (c, d))]
+    return [
+        _cross([((a, rows), (c, keys))], device, long=True),
+        *(_cross([one], device, long=False) for one in rest if all(start < stop for start, stop in one)),
+    ]
+
+
+def _scores(pair: _Pair) -> int:
+    (a, b), (c, d) = pair
+    return (b - a) * (d - c)
+
+
+def cut_length(length: int) -> int:
+    """The longest length of those that pieces are cut to that is no longer."""
+    unit = max((1 << (length.bit_length() - 1)) // _LENGTHS, PLAN_ROWS)
+    return length // unit * unit
 
 
 def _run(segments: list[tuple[int, int]], device: torch.device, *, long: bool) -> Run:
@@ -218,9 +257,8 @@ def _run(segments: list[tuple[int, int]], device: torch.device, *, long: bool) -
     return Run(segments[0][0], segments[-1][1], _offsets(lengths, device), max(lengths), long)
 
 
-def _cross(families: list[Family], device: torch.device, *, long: bool) -> Cross:
-    rows = [(f.root[1], f.end) for f in families]
-    keys = [f.root for f in families]
+def _cross(pairs: list[_Pair], device: torch.device, *, long: bool) -> Cross:
+    rows, keys = ([pair[side] for pair in pairs] for side in (0, 1))
     row_lengths, key_lengths = ([b - a for a, b in ranges] for ranges in (rows, keys))
     return Cross(
         _rows(rows, device),

@@ -7,6 +7,7 @@ tested, or single calls by dense ones, which leaves the padding around them. All
 from __future__ import annotations
 
 import os
+import random
 from itertools import pairwise
 
 import pytest
@@ -332,12 +333,15 @@ LAYOUTS: dict[str, list[tuple[int, ...]]] = {
 @pytest.mark.parametrize("window", [None, 2, 6, 10, 100])
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize(("segment", "scores"), [(1, 1), (5, 20), (5, 10**6), (10**6, 20), (10**6, 10**6)])
+@pytest.mark.parametrize("unit", [1, 4])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_pieces_equal_the_definition(
-    name: str, segment: int, scores: int, kv_heads: int, window: int | None, monkeypatch
+    name: str, unit: int, segment: int, scores: int, kv_heads: int, window: int | None, monkeypatch
 ) -> None:
     monkeypatch.setattr(attention_plan, "LONG_SEGMENT", segment)
     monkeypatch.setattr(attention_plan, "LONG_CROSS", scores)
+    monkeypatch.setattr(attention_plan, "PLAN_ROWS", unit)
+    monkeypatch.setattr(attention_plan, "EXACT_LENGTH", 5)
     layout, scoring = layout_of(LAYOUTS[name]), Scoring(SCALE, window)
     given = inputs(layout, kv_heads)
     pieces = PlainPieces()
@@ -349,6 +353,7 @@ def test_pieces_equal_the_definition(
 def test_a_plan_has_few_calls(monkeypatch) -> None:
     monkeypatch.setattr(attention_plan, "LONG_SEGMENT", 8)
     monkeypatch.setattr(attention_plan, "LONG_CROSS", 60)
+    monkeypatch.setattr(attention_plan, "PLAN_ROWS", 1)
     layout = layout_of([(5,), (3, 2), (9,), (1,), (4, 2, 2), (7, 9), (2, 1)])
     given = inputs(layout)
 
@@ -440,16 +445,43 @@ def dense_calls(monkeypatch) -> list[tuple[str, int, int]]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_cuda_pieces_around_their_calls(name, window, cudnn, dense_calls, monkeypatch) -> None:
     monkeypatch.setattr(attention_pieces, "cudnn_takes", lambda *_, causal: cudnn)
-    monkeypatch.setattr(attention_pieces, "PLAN_ROWS", 8)
-    monkeypatch.setattr(attention_pieces, "EXACT_LENGTH", 30)
+    monkeypatch.setattr(attention_plan, "PLAN_ROWS", 8)
+    monkeypatch.setattr(attention_plan, "EXACT_LENGTH", 30)
     monkeypatch.setattr(attention_plan, "LONG_SEGMENT", 5)
     monkeypatch.setattr(attention_plan, "LONG_CROSS", 20)
     layout, scoring = layout_of(LAYOUTS[name]), Scoring(SCALE, window)
     given = inputs(layout)
     assert_same(by_pieces(CudaPieces(), *given, layout, scoring), expected(*given, layout, scoring))
     planned = {rows for kernel, rows, _ in dense_calls if kernel == "cudnn"}
-    assert all(rows % 8 == 0 or rows >= 30 for rows in planned)
+    assert all(rows % 8 == 0 for rows in planned)
     assert bool(planned) == (cudnn and any(run.long for run in plan(layout, window, CPU).runs))
+
+
+def test_pieces_are_cut_to_few_lengths() -> None:
+    """Whatever the lengths of prompts and completions are: PyTorch keeps what cuDNN plans for each size."""
+    draw = random.Random(0)
+    runs, crosses = set(), set()
+    for _ in range(3000):
+        prompt, completions = draw.randint(2048, 262_144), [draw.randint(100, 8192) for _ in range(draw.randint(1, 8))]
+        made = plan(layout_of([(prompt, *completions), (draw.randint(2048, 262_144),)]), None, CPU)
+        runs |= {attention_pieces.planned_rows(run.stop - run.start) for run in made.runs if run.long}
+        for one in made.crosses:
+            rows, keys = (side.stop - side.start for side in (one.rows, one.keys))
+            if one.long:
+                crosses.add((attention_pieces.planned_rows(rows), keys))
+                assert rows * keys > 0.7 * attention_plan.LONG_CROSS
+    assert len(runs) < 128 + 3 * 16 + 2
+    lengths = [{pair[side] for pair in crosses} for side in (0, 1)]
+    assert all(len(one) < 7 * 16 for one in lengths)
+    assert min(map(len, lengths)) > 16, "the lengths drawn are many"
+
+
+def test_what_is_cut_off_is_little() -> None:
+    for length in (256, 300, 4096, 5000, 32_768, 32_769, 129_024, 262_143, 1_000_000):
+        cut = attention_plan.cut_length(length)
+        assert cut % attention_plan.PLAN_ROWS == 0
+        assert 0 <= length - cut < max(length / 16, attention_plan.PLAN_ROWS)
+    assert attention_plan.cut_length(255) == 0
 
 
 def test_lengths_are_rounded_up_only_where_it_is_cheap() -> None:

@@ -340,10 +340,13 @@ def test_long_cross_pieces_by_cudnn(monkeypatch) -> None:
         check_pack(inputs(layout.length, (32, 8), 128), layout, Scoring(0.09))
 
 
-def test_no_padding_is_needed_at_the_end_of_exact_lengths(monkeypatch) -> None:
-    monkeypatch.setattr(attention_pieces, "EXACT_LENGTH", 2048)
-    layout = layout_of((2301,), (2777,))
-    check_pack(inputs(layout.length, (32, 8), 128), layout, Scoring(0.09))
+def test_very_long_segments_and_cross_pieces_are_cut(monkeypatch) -> None:
+    monkeypatch.setattr(attention_plan, "EXACT_LENGTH", 2048)
+    monkeypatch.setattr(attention_plan, "LONG_CROSS", 1024 * 1024)
+    for layout in (layout_of((2301,), (2777,)), layout_of((4500, 700, 2301))):
+        made = plan(layout, None, torch.device("cuda", 0))
+        assert all(run.stop - run.start in (2048, 2560, 4352) for run in made.runs if run.long)
+        check_pack(inputs(layout.length, (32, 8), 128), layout, Scoring(0.09))
 
 
 def test_misaligned_rows() -> None:
