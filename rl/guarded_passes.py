@@ -55,11 +55,12 @@ class GuardedPasses:
         config, lm = self._config, self._lm
         completion = max(min(longest.completion, lm.max_length - longest.prompt), 1)
         worst = WorstBatch.of(config, longest._replace(completion=completion))
-        entropy = config.algorithm.name == "grpo" and config.algorithm.entropy_coef > 0
+        policy = config.algorithm.name == "grpo"
+        entropy = policy and config.algorithm.entropy_coef > 0
 
         def attempt(size: int) -> int:
             one = worst.pack(size)
-            trial_update(lm, optimizer, one, self.head, entropy=entropy)
+            trial_update(lm, optimizer, one, self.head if policy else self.plain_head, entropy=entropy)
             return one.num_tokens
 
         place = "in the trial of the largest pack"

@@ -318,9 +318,14 @@ def ledger(shape: ModelShape, config: Config, device: Device, longest: Longest |
     """
     setup = setup_of(shape, config)
     work, assumed = _work(shape, config, setup, longest)
-    batch = max(work.tokens // max(config.train.steps_per_generation, 1), work.length)
+    batch = max(work.tokens // _parts(config), work.length)
     pack = max(work.length, min(config.train.max_tokens or MAX_TOKENS, batch))
     return Ledger(shape, config, device, setup, work, pack, assumed, longest)
+
+
+def _parts(config: Config) -> int:
+    """Optimiser batches that a rollout is divided into, by GRPO alone."""
+    return config.train.steps_per_generation if config.algorithm.name == "grpo" else 1
 
 
 def changed(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
@@ -342,13 +347,14 @@ def _work(shape: ModelShape, config: Config, setup: Setup, longest: Longest | No
     prompt = max(1, min(prompt or ASSUMED_PROMPT, limit - completion if limit > completion else limit))
     if generates:
         sequences = config.generation_batch_size
-        prompts, updates = config.prompts_per_rollout, train.steps_per_generation * algorithm.num_iterations
+        prompts = config.prompts_per_rollout
+        updates = _parts(config) * (algorithm.num_iterations if algorithm.name == "grpo" else 1)
     else:
         prompts, updates = train.per_device_train_batch_size, 1
         sequences = prompts * (2 if algorithm.name == "dpo" and config.preference.loss_type != "kto" else 1)
     # Of every group, online DPO learns from the best and the worst.
     learned = 2 * prompts if algorithm.name == "online_dpo" else sequences
-    many = algorithm.num_iterations * train.steps_per_generation > 1
+    many = updates > 1
     reference = algorithm.beta > 0 if algorithm.name == "grpo" else algorithm.name in ("dpo", "online_dpo")
     waves = IN_FLIGHT if setup.vllm else sequences
     return (
@@ -361,7 +367,7 @@ def _work(shape: ModelShape, config: Config, setup: Setup, longest: Longest | No
             shared=train.share_prefix and learned > prompts,
             generates=generates,
             in_flight=min(rollout.max_in_flight or waves, sequences),
-            passes=int(many and algorithm.name == "grpo") + int(reference),
+            passes=int(many) + int(reference),
             iterations=algorithm.num_iterations if algorithm.name == "grpo" else 1,
             updates=updates if algorithm.name == "grpo" else 1,
         ),

@@ -38,7 +38,7 @@ def setup_of(shape: ModelShape, config: Config) -> Setup:
         checkpointed=not fused and train.gradient_checkpointing is not False,
         offload=train.offload_activations,
         plan=LayerPlan.of(train),
-        restricted=rollout.top_k > 0 or rollout.top_p < 1,
+        restricted=config.algorithm.name == "grpo" and (rollout.top_k > 0 or rollout.top_p < 1),
         vllm=vllm,
         kv_width=1 if vllm and rollout.kv_cache_dtype == "fp8" else width,
         graphs=captured_graphs(rollout),

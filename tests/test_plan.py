@@ -18,7 +18,7 @@ from transformers import AutoConfig, DynamicCache, Gemma3TextConfig, LlamaConfig
 
 from tandem.rl import cli, plan_command, plan_engine, plan_pack
 from tandem.rl.errors import UserError
-from tandem.rl.plan import Ledger, changed, ledger
+from tandem.rl.plan import Ledger, Longest, changed, ledger
 from tandem.rl.plan_changes import candidates, smallest_card, smallest_change, try_changes
 from tandem.rl.plan_devices import DEVICES, GIB, find_device
 from tandem.rl.plan_memory import (
@@ -587,3 +587,17 @@ def test_known_sizes_count_the_weights_of_the_checkpoint(name: str, weights: int
     shape = shape_of(AutoConfig.for_model(**MODELS[name]))
     assert shape.weights == weights
     assert shape.max_length == 32768
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "online_dpo"])
+def test_what_an_algorithm_does_not_read_changes_no_plan(qwen: ModelShape, name: str) -> None:
+    def plan_of(**ignored: dict[str, Any]) -> Ledger:
+        data = {"dataset_name": "d.json", "max_prompt_length": 512}
+        config = config_of(algorithm={"name": name}, data=data, **ignored)
+        return ledger(qwen, config, find_device("4090", host_gib=64), Longest(512, 512))
+
+    usual = plan_of()
+    other = plan_of(train={"steps_per_generation": 8}, rollout={"top_p": 0.9} if name != "online_dpo" else {})
+    assert other.pack == usual.pack
+    assert other.training().items == usual.training().items
+    assert other.seconds == usual.seconds
