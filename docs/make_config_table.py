@@ -1,4 +1,4 @@
-"""Writes `config.md`, the reference of every key, from the models in `rl/config.py`, and the table in `from-trl.md`.
+"""Writes `config.md`, the reference of every key, from the models of `rl/config.py`, and the table in `from-trl.md`.
 
 Run it after a change there (`make docs`); tests compare the files with what this module renders.
 """
@@ -24,12 +24,13 @@ BEGIN, END = "<!-- trl-keys -->", "<!-- /trl-keys -->"
 _HEAD = """\
 # Configuration
 
-<!-- Written by docs/make_config_table.py from rl/config.py: change the docstrings there and run `make docs`. -->
+<!-- Written by docs/make_config_table.py from the models in rl/sections.py, rl/config.py and rl/*_config.py: change the
+     docstrings there and run `make docs`. -->
 
 A run is one YAML file of sections. `model.model_name_or_path` and `data.dataset_name` must be given, and RL also needs
-`rewards.reward_funcs`; every other key has the default shown here. Unknown keys are refused, with the nearest right
-name, and keys that are set but that the run's algorithm does not read are said at its start. Any key can be overridden
-on the command line by its dotted name, with a YAML value:
+`rewards.reward_funcs` or an environment; every other key has the default shown here. Unknown keys are refused, with the
+nearest right name, and keys that are set but that the run's algorithm does not read are said at its start. Any key can be
+overridden on the command line by its dotted name, with a YAML value:
 
     rl-train run config.yaml train.max_steps=20 rollout.stop_token_ids=[2] train.max_tokens=null
 
@@ -89,7 +90,11 @@ def _bounded_type(field: dict[str, Any], info: FieldInfo) -> str:
     name = type_name(field)
     if any(sign in name for sign in _BOUNDS.values()):
         return name
-    limits = {key: getattr(limit, key) for limit in info.metadata for key in _BOUNDS if hasattr(limit, key)}
+    optional = [limit for part in get_args(info.annotation) for limit in getattr(part, "__metadata__", ())]
+    found = [*info.metadata, *(one for limit in optional for one in getattr(limit, "metadata", ()))]
+    limits = {key: getattr(limit, key) for limit in found for key in _BOUNDS if hasattr(limit, key)}
+    if name.endswith(" or null"):
+        return " ".join([name.removesuffix(" or null"), *_bounds(limits, _BOUNDS), "or null"])
     return " ".join([name, *_bounds(limits, _BOUNDS)])
 
 

@@ -70,7 +70,7 @@ class ModelConfig(Section):
     made for decoding."""
     load_in_8bit: bool = False
     """Keep the linear layers in 8-bit floating point (E4M3, a power of two per output), where there is room for that:
-    half of bfloat16's memory. Not yet run on a GPU."""
+    half of bfloat16's memory. On a GPU it has been run on small models alone."""
     max_length: Positive | None = None
     """Longest prompt + completion in tokens; None: what the model's own config allows."""
     chat_template: str | None = None
@@ -140,7 +140,8 @@ class CurriculumConfig(Section):
 class DataConfig(Section):
     """Where rows come from. RL needs `prompt`; SFT `messages`, `conversations`, `text`, or `prompt` + `completion`;
     preferences `prompt`, `chosen`, `rejected`, or whole conversations in the last two (kto: `prompt`, `completion`,
-    `label` too). Other columns reach the rewards by name."""
+    `label` too). In SFT and preferences the columns `tools` and `chat_template_kwargs` reach the chat template. Other
+    columns reach the rewards by name."""
 
     dataset_name: str | None = None
     """Hub id, a .json / .jsonl / .csv / .parquet file, or `FILE.py:FUNCTION` that returns rows or a Dataset."""
