@@ -34,7 +34,7 @@ from tandem.rl.run_folder import check_folder, locked, new_folder
 from tandem.rl.run_length import total_steps
 from tandem.rl.start_time import StartTime
 from tandem.rl.stopping import Stopping
-from tandem.rl.trackers import NoTrackers, Trackers
+from tandem.rl.trackers import NoTrackers, Trackers, check_trackers
 from tandem.rl.trainer import Trainer
 from tandem.rl.training_data import longest_sequence
 from tandem.rl.unscored import unscored_path
@@ -42,6 +42,7 @@ from tandem.rl.unscored import unscored_path
 
 def run(config: Config, *, dry_run: bool, console: Console) -> bool:
     """`rl-train run`. Returns whether the run came to its end."""
+    check_trackers(config.log)
     if dry_run:
         check_folder(config.run_dir)
         inputs = prepare(config, console)
@@ -66,6 +67,7 @@ def resume(
     accept_changed_model: bool = False,
 ) -> bool:
     """`rl-train resume`: go on from the newest whole checkpoint, or from the start if there is none yet."""
+    check_trackers(config.log)
     with _processes(config, console) as console, locked(run_dir, console):
         checkpoint = distributed.broadcast(whole_checkpoint(run_dir, console.warn) if distributed.is_main() else None)
         state = read_state(checkpoint) if checkpoint else State()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from tandem.rl.errors import UserError
 from tandem.rl.journal import prompt_text, write_whole
 from tandem.rl.metrics import reward_names
 from tandem.rl.samples import Scored
+from tandem.rl.sections import LogConfig
 from tandem.rl.watch_alerts import Alert
 
 Warn = Callable[[str], None]
@@ -63,7 +65,7 @@ class Trackers:
     ) -> None:
         self._run_dir = Path(run_dir)
         warn = warn or _print_warning
-        wanted = "wandb" in config.log.report_to and config.log.wandb_mode != "disabled"
+        wanted = _wants_wandb(config.log)
         module = (wandb or _import_wandb()) if wanted else None
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self._file = _open_metrics(self._run_dir / "metrics.jsonl", resume_step, warn)
@@ -272,15 +274,29 @@ class _Wandb:
             self._warn(text)
 
 
+def check_trackers(log: LogConfig) -> None:
+    """Raises UserError: a tracker is not installed. Looked up and not imported, so that it costs nothing."""
+    if _wants_wandb(log) and sys.modules.get("wandb") is None and importlib.util.find_spec("wandb") is None:
+        raise _no_wandb("it is not installed")
+
+
+def _wants_wandb(log: LogConfig) -> bool:
+    return "wandb" in log.report_to and log.wandb_mode != "disabled"
+
+
+def _no_wandb(reason: str) -> UserError:
+    return UserError(
+        "log.report_to names wandb, which cannot be imported",
+        reason=reason,
+        fix="pip install 'tandem-rl[wandb]', or set log.report_to to none",
+    )
+
+
 def _import_wandb() -> Any:
     try:
         return importlib.import_module("wandb")
     except ImportError as error:
-        raise UserError(
-            "log.report_to names wandb, which cannot be imported",
-            reason=str(error),
-            fix="pip install 'tandem-rl[wandb]', or set log.report_to to none",
-        ) from error
+        raise _no_wandb(str(error)) from error
 
 
 def _run_identity(path: Path, config: Config, resume: bool) -> str:

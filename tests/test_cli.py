@@ -652,6 +652,15 @@ def test_an_adapters_folder_is_no_model(place: Path, sft_run: tuple[Path, Done])
     assert_one_message(done, "is the folder of an adapter", f"lora.init_from={adapter}")
 
 
+def test_dry_run_says_that_a_tracker_is_missing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what Python itself does for a module that cannot be imported
+    done = here("run", place / "grpo.yaml", "--dry-run", "log.report_to=[wandb]")
+    assert done.code == 2
+    assert "pip install 'tandem-rl[wandb]'" in done.err
+    off = ["log.report_to=[wandb]", "log.wandb_mode=disabled"]
+    assert here("run", place / "grpo.yaml", "--dry-run", *off).code == 0
+
+
 def test_dry_run_shows_the_plan(place: Path) -> None:
     done = here("run", place / "grpo.yaml", "--dry-run", f"output_dir={place / 'unused'}")
     assert done.code == 0, done.err
