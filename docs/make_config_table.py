@@ -29,8 +29,8 @@ _HEAD = """\
 
 A run is one YAML file of sections. `model.model_name_or_path` and `data.dataset_name` must be given, and RL also needs
 `rewards.reward_funcs` or an environment; every other key has the default shown here. Unknown keys are refused, with the
-nearest right name, and keys that are set but that the run's algorithm does not read are said at its start. Any key can be
-overridden on the command line by its dotted name, with a YAML value:
+nearest right name, and keys that are set but that the run's algorithm does not read are said at its start. Any key can
+be overridden on the command line by its dotted name, with a YAML value:
 
     rl-train run config.yaml train.max_steps=20 rollout.stop_token_ids=[2] train.max_tokens=null
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from tandem.rl.config import Config, OptimConfig, RolloutConfig, Section, TrainConfig
+from tandem.rl.config import Config, OptimConfig, ParityConfig, RolloutConfig, Section, TrainConfig
 from tandem.rl.config_file import all_keys, load_config, parse_config, save_config
 from tandem.rl.errors import UserError
 
@@ -546,6 +546,7 @@ def test_reference_changes_with_the_models(table: ModuleType) -> None:
     assert "An odd section." in text
     assert "| `width` | integer | `3` | Wide \\| narrow. |" in text
     assert "number > 0" in table._section("`optim`", OptimConfig)
+    assert "| `max_mean` | number > 0 or null |" in table._section("`parity`", ParityConfig)
 
 
 def test_every_example_loads() -> None:
