@@ -9,6 +9,7 @@ second.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +24,9 @@ Offsets = tuple[torch.Tensor, torch.Tensor, int, int]
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("attention_borders.py needs a CUDA GPU, and PyTorch sees none here")
     for heads, dim in (((32, 8), 128), ((4, 1), 128), ((9, 3), 64)):
         segments(heads, dim)
     crosses()
