@@ -11,6 +11,7 @@ The adapter is never merged into W, where rounding would lose most of an update 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,14 @@ class LoraLinear:
             self.adapter_parts += [Part(one.a, self._a[column:stop], 1.0), Part(one.b, b, one.scale)]
             column = stop
         copy_parts(self.adapter_parts)
+
+    def without_adapters(self) -> LoraLinear:
+        """The stack alone, in the same memory."""
+        made = copy.copy(self)
+        made.branches, made.adapter_parts, made.rank = [], [], 0
+        made._buffer = self.weight
+        made._a, made._b = self.weight[self.out_features :], self.weight[:, self.in_features :]
+        return made
 
     def inputs(self, x: torch.Tensor | int, *, into: torch.Tensor | None = None) -> torch.Tensor:
         """`xs` `[N, in + rank]` for `x` `[N, in]`; for a number of rows, a buffer whose columns `:in` are to be filled,

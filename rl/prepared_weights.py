@@ -52,7 +52,7 @@ class KeptWeights:
     def __init__(self) -> None:
         self.version = 0
         # By the layers that are multiplied by: what they were prepared from is compared, and only the latest is kept.
-        self._linears: dict[_Key, tuple[_Key, LoraLinear]] = {}
+        self._linears: dict[_Key, tuple[tuple[_Key, _Key], LoraLinear]] = {}
         # The adapters of all that is kept, copied at once; None: to be made anew.
         self._copies: AdapterCopies | None = None
         self._allowed = True
@@ -85,9 +85,13 @@ class KeptWeights:
                     self.of(block, dtype)
 
     def of(self, block: Block, dtype: torch.dtype) -> LoraLinear:
-        """With the adapters as they were when this pass began."""
+        """With the adapters as they were when this pass began. Where they are switched off, as for a reference policy,
+        what is kept stays, and the weight of it is taken."""
         bases, origin = tuple(id(one.base) for one in block.projections), _origin(block, dtype)
-        if bases not in self._linears or self._linears[bases][0] != origin:
+        had = self._linears[bases][0] if bases in self._linears else None
+        if had is not None and had[0] == origin[0] and had[1] and not origin[1]:
+            return self._linears[bases][1].without_adapters()
+        if had != origin:
             self._linears.pop(bases, None)  # before another one takes as much memory
             self._copies = None
             self.version += 1
@@ -105,15 +109,16 @@ class KeptWeights:
         self._copies = None
 
 
-def _origin(block: Block, dtype: torch.dtype) -> _Key:
-    """What a prepared weight is made of, but for the adapters' values: type, weights, biases, and where the adapters
+def _origin(block: Block, dtype: torch.dtype) -> tuple[_Key, _Key]:
+    """What a prepared weight is made of, but for the adapters' values: type, weights, biases; and where which adapters
     lie."""
-    parts: list[object] = [dtype]
-    for one in block.projections:
-        parts += [None if t is None else (t.data_ptr(), t._version) for t in (one.base.weight, one.bias)]
+    base: list[object] = [dtype]
+    adapters: list[object] = []
+    for number, one in enumerate(block.projections):
+        base += [None if t is None else (t.data_ptr(), t._version) for t in (one.base.weight, one.bias)]
         if one.adapter is not None:
-            parts += [one.adapter.a.data_ptr(), one.adapter.b.data_ptr(), one.adapter.scale]
-    return tuple(parts)
+            adapters.append((number, one.adapter.a.data_ptr(), one.adapter.b.data_ptr(), one.adapter.scale))
+    return tuple(base), tuple(adapters)
 
 
 def _prepared(block: Block, dtype: torch.dtype) -> LoraLinear:

@@ -29,6 +29,7 @@ from tandem.rl.model import LanguageModel
 from tandem.rl.pack_padding import made_alike
 from tandem.rl.packing import Pack, pack
 from tandem.rl.samples import Sequence
+from tandem.rl.step import layout_of
 
 CPU = torch.device("cpu")
 
@@ -185,6 +186,29 @@ def test_weights_that_moved_are_recorded_anew(lm: LanguageModel, what: str) -> N
     assert recorder.records == 4
 
 
+def test_a_reference_pass_leaves_recordings_as_they_are(lm: LanguageModel) -> None:
+    layers, recorder = recorded(lm)
+    for seed in range(5):
+        made = [one_pack(seed)]
+        with lm.model.disable_adapter(), torch.no_grad():
+            reference = through(layers, made[0])
+            lm.fused = None
+            with lm.packed():
+                expected = lm.packed_hidden(*arguments(made[0]))
+            lm.fused = layers
+        assert torch.allclose(reference, expected, rtol=1e-10, atol=1e-10)
+        assert difference(run(lm, made, layers.hidden), oracle(lm, made)) < 1e-10
+    assert recorder.records == 2
+
+
+def arguments(one: Pack) -> tuple[torch.Tensor, torch.Tensor, PackLayout]:
+    return torch.tensor(one.input_ids), torch.tensor(one.position_ids), layout_of(one)
+
+
+def through(layers: FusedLayers, one: Pack) -> torch.Tensor:
+    return layers.hidden(*arguments(one))
+
+
 def test_a_second_pass_before_the_first_ones_gradient_runs_as_usual(lm: LanguageModel) -> None:
     layers, recorder = recorded(lm)
     for seed in range(2):
@@ -192,13 +216,7 @@ def test_a_second_pass_before_the_first_ones_gradient_runs_as_usual(lm: Language
     made = [one_pack(2), one_pack(3)]
     expected = oracle(lm, made)
     replays = counted(layers)
-
-    def forward(one: Pack) -> torch.Tensor:
-        from tandem.rl.step import layout_of
-
-        return layers.hidden(torch.tensor(one.input_ids), torch.tensor(one.position_ids), layout_of(one))
-
-    outputs = [forward(one) for one in made]
+    outputs = [through(layers, one) for one in made]
     for number, out in enumerate(outputs):
         direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(number), dtype=out.dtype)
         (out * direction).sum().backward()
@@ -208,7 +226,7 @@ def test_a_second_pass_before_the_first_ones_gradient_runs_as_usual(lm: Language
     assert (recorder.records, len(replays)) == (2, 1)
     # A pass whose gradient is never asked for does not hold the recording either.
     del out, outputs
-    dropped = forward(made[0])
+    dropped = through(layers, made[0])
     del dropped
     run(lm, made[:1], layers.hidden)
     assert len(replays) == 3

@@ -107,9 +107,11 @@ def test_an_adapter_that_is_switched_off_and_on(lm: LanguageModel, monkeypatch: 
     before = one_pass(lm)
     positions = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
     layers = lm.fused
+    kept = [id(one) for _, one in layers._weights._linears.values()]
     with lm.model.disable_adapter(), torch.no_grad():
         without = lm.packed_hidden(IDS, positions, LAYOUT)
         assert len(layers._weights._linears) == 3 * 4, "one state at a time takes memory"
+        assert [id(one) for _, one in layers._weights._linears.values()] == kept, "and it stays for the next pass"
         lm.fused = None
         with lm.packed():
             own = lm.packed_hidden(IDS, positions, LAYOUT)
@@ -117,6 +119,22 @@ def test_an_adapter_that_is_switched_off_and_on(lm: LanguageModel, monkeypatch: 
     torch.testing.assert_close(without, own, rtol=1e-10, atol=1e-10)
     assert not torch.equal(without, before[0])
     assert all(torch.equal(a, b) for a, b in zip(before, one_pass(lm), strict=True))
+
+
+def test_a_base_weight_that_changed_while_the_adapter_is_off_is_taken(lm: LanguageModel) -> None:
+    positions = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+    one_pass(lm)
+    layers = lm.fused
+    with torch.no_grad(), lm.model.disable_adapter():
+        before = lm.packed_hidden(IDS, positions, LAYOUT)
+        move_base(lm)
+        found = lm.packed_hidden(IDS, positions, LAYOUT)
+        lm.fused = None
+        with lm.packed():
+            own = lm.packed_hidden(IDS, positions, LAYOUT)
+        lm.fused = layers
+    assert not torch.equal(found, before)
+    torch.testing.assert_close(found, own, rtol=1e-10, atol=1e-10)
 
 
 def test_an_update_after_the_forward_pass_leaves_its_gradient(lm: LanguageModel) -> None:
