@@ -22,9 +22,11 @@ from typing import Any, Protocol
 import torch
 from torch.autograd.function import once_differentiable
 
+from tandem.kernels.lora_linear import LoraLinear
 from tandem.rl.families import Layer, Norm
 from tandem.rl.layer_ops import LoraGrads, Rope
 from tandem.rl.layer_run import LayerRun, norm_backward, normed
+from tandem.rl.library_imports import collector_off
 from tandem.rl.pack_padding import Alike
 from tandem.rl.prepared_weights import KeptWeights
 
@@ -47,13 +49,21 @@ class CudaRecorder:
     """CUDA graphs in one pool of memory. Every kernel of the work must have run once before."""
 
     def __init__(self, device: torch.device) -> None:
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def record(self, work: Work) -> Work:
+        if not self._graphs:
+            # PyTorch lets nobody into a pool again whose last graph has gone. Its memory, and what the allocator holds
+            # without use, cannot be had while a graph is recorded.
+            self._pool = torch.cuda.graph_pool_handle()
+            torch.cuda.empty_cache()
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(here)
-        # Not torch.cuda.graph, which collects garbage and empties the allocator's cache at each recording.
-        with torch.cuda.stream(self._stream):
+        # Not torch.cuda.graph, which collects garbage and empties the allocator's cache at each recording. Garbage that
+        # waits for a copy or for the device when it goes would end this one, so none is collected.
+        with torch.cuda.stream(self._stream), collector_off():
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
@@ -64,6 +74,7 @@ class CudaRecorder:
                 raise
             graph.capture_end()
         here.wait_stream(self._stream)
+        self._graphs.add(graph)
         return graph.replay
 
 
@@ -81,12 +92,25 @@ class Stack:
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for layer in self.layers for p in layer.parameters]
 
+    @property
+    def norms_at(self) -> list[int]:
+        """Where the norms' weights lie, which are read there."""
+        found = [self.norm]
+        for one in self.layers:
+            norms = one.attention_norm, one.attention_post_norm, one.mlp_norm, one.mlp_post_norm
+            found += [norm for norm in (*norms, one.query_norm, one.key_norm) if norm is not None]
+        return [norm.weight.data_ptr() for norm in found]
+
 
 class _Lease:
-    """One pass through a recording, from forward to backward. It ends with the graph that holds it."""
+    """One pass through a recording, from forward to backward. It ends with the graph that holds it.
 
-    def __init__(self, record: _Record) -> None:
-        self.record = record
+    Args:
+        weights: what the recording reads; another pass in between may prepare others.
+    """
+
+    def __init__(self, record: _Record, weights: list[LoraLinear]) -> None:
+        self.record, self._weights = record, weights
 
 
 class LayerGraphs:
@@ -101,7 +125,9 @@ class LayerGraphs:
 
     def __init__(self, device: torch.device, kept: KeptWeights, recorder: Recorder | None = None) -> None:
         self._recorder = recorder or CudaRecorder(device)
-        self._kept, self._version = kept, kept.version
+        self._kept = kept
+        # What recordings read beside their own memory, by version and place.
+        self._read: tuple[int, list[int]] | None = None
         self.off = False
         self._seen: set[tuple[Any, ...]] = set()
         self._records: OrderedDict[tuple[Any, ...], _Record] = OrderedDict()
@@ -110,12 +136,11 @@ class LayerGraphs:
     def hidden(self, alike: Alike, h: torch.Tensor, rope: Ropes, stack: Stack) -> torch.Tensor | None:
         """Hidden states `[T, d]` behind the final norm, differentiable in the adapters, of padded rows `h`; None where
         there is no recording yet, or one is under way, and the layers are to be run as usual."""
-        for layer in stack.layers:
-            for block in layer.blocks:
-                self._kept.of(block, h.dtype)
-        if self._kept.version != self._version:
+        weights = [self._kept.of(block, h.dtype) for layer in stack.layers for block in layer.blocks]
+        read = self._kept.version, stack.norms_at
+        if read != self._read:
             self._records.clear()
-            self._version = self._kept.version
+            self._read = read
         if self._lease is not None and self._lease() is not None:
             return None
         key = (*alike.key, h.dtype)
@@ -130,11 +155,12 @@ class LayerGraphs:
             except RuntimeError as error:
                 warnings.warn(f"passes are not recorded (train.cuda_graphs): {error}", RuntimeWarning, 2)
                 self.off = True
+                self._records.clear()
                 return None
         self._records.move_to_end(key)
         while len(self._records) > _MOST:
             self._records.popitem(last=False)
-        lease = _Lease(self._records[key])
+        lease = _Lease(self._records[key], weights)
         self._lease = weakref.ref(lease)
         lease.record.take(alike, h, rope)
         out: torch.Tensor = _Replayed.apply(lease, *stack.parameters)

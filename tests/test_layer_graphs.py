@@ -6,11 +6,15 @@ tensors of its plan alone, as the kernels of a GPU do.
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
-from itertools import pairwise
-from typing import Any
+from itertools import count, pairwise
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,7 +27,7 @@ from tandem.kernels.attention_plan import Cross, Run, pieces_backward, pieces_fo
 from tandem.kernels.pack_layout import Family, PackLayout
 from tandem.rl import fused_layer, layer_graphs, layer_run, pack_padding
 from tandem.rl.fused_layer import FusedLayers, LayerPlan
-from tandem.rl.layer_graphs import Work
+from tandem.rl.layer_graphs import CudaRecorder, Work
 from tandem.rl.lora import trainable
 from tandem.rl.model import LanguageModel
 from tandem.rl.pack_padding import made_alike
@@ -170,7 +174,7 @@ def test_an_update_of_the_adapters_is_seen(lm: LanguageModel) -> None:
     assert recorder.records == 2
 
 
-@pytest.mark.parametrize("what", ["base", "adapter"])
+@pytest.mark.parametrize("what", ["base", "adapter", "norm"])
 def test_weights_that_moved_are_recorded_anew(lm: LanguageModel, what: str) -> None:
     layers, recorder = recorded(lm)
     for seed in range(2):
@@ -179,6 +183,8 @@ def test_weights_that_moved_are_recorded_anew(lm: LanguageModel, what: str) -> N
     assert name
     if what == "base":
         part = next(p for n, p in lm.model.named_parameters() if n.endswith("base_layer.weight"))
+    if what == "norm":
+        part = next(p for n, p in lm.model.named_parameters() if n.endswith("input_layernorm.weight"))
     part.data = part.data + 0.1
     for seed in range(2, 5):
         made = [one_pack(seed)]
@@ -284,6 +290,108 @@ def test_a_recording_that_fails_is_told_once_and_done_without(lm: LanguageModel)
             found = run(lm, made, layers.hidden)
         assert difference(found, expected) < 1e-10
     assert recorder.records == 1
+
+
+def test_a_recording_that_fails_lets_go_of_those_before(lm: LanguageModel) -> None:
+    class Later(Again):
+        def record(self, work: Work) -> Work:
+            if self.records == 2:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return super().record(work)
+
+    layers = FusedLayers(LayerPlan(recorded=True), recorder=Later()).attach(lm)
+    for groups, seed in ((3, 0), (3, 1), (2, 2)):
+        run(lm, [one_pack(seed, groups)], layers.hidden)
+    assert layers._graphs is not None
+    assert layers._graphs._records
+    with pytest.warns(RuntimeWarning, match="not permitted"):
+        run(lm, [one_pack(3, 2)], layers.hidden)
+    assert not layers._graphs._records, "they would hold their memory for nothing"
+
+
+def test_what_a_pass_under_way_reads_stays(lm: LanguageModel) -> None:
+    layers, _ = recorded(lm)
+    for seed in range(2):
+        run(lm, [one_pack(seed)], layers.hidden)
+    (_, linear), *_ = layers._weights._linears.values()
+    read = weakref.ref(linear)
+    del linear
+    made = one_pack(2)
+    expected = oracle(lm, [made])
+    out = through(layers, made)
+    for _, parameter in trainable(lm):
+        parameter.data = parameter.data.clone()
+    with torch.no_grad():
+        through(layers, made)
+    assert read() is not None, "a CUDA graph would read memory that is somebody else's"
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype)).sum().backward()
+    grads = {n: p.grad.clone() for n, p in trainable(lm) if p.grad is not None}
+    lm.model.zero_grad()
+    assert difference(([out.detach()], grads), expected) < 1e-10
+    del out
+    assert read() is None
+
+
+class FakeGraph:
+    """A CUDA graph as the allocator treats it: a pool is held by its graphs, and closed with the last of them."""
+
+    pools: ClassVar[dict[int, int]] = {}
+    closed: ClassVar[set[int]] = set()
+
+    def capture_begin(self, *, pool: int, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"
+        if pool in self.closed:
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+        self.pools[pool] = self.pools.get(pool, 0) + 1
+        weakref.finalize(self, self._release, pool)
+
+    @classmethod
+    def _release(cls, pool: int) -> None:
+        cls.pools[pool] -= 1
+        if not cls.pools[pool]:
+            cls.closed.add(pool)
+
+    def capture_end(self) -> None: ...
+
+    def replay(self) -> None: ...
+
+
+@pytest.fixture
+def cuda_recorder(monkeypatch: pytest.MonkeyPatch) -> CudaRecorder:
+    numbers = count()
+    stream = SimpleNamespace(device=CPU, wait_stream=lambda other: None)
+    fake = SimpleNamespace(
+        CUDAGraph=FakeGraph, Stream=lambda device: stream, current_stream=lambda device: stream,
+        graph_pool_handle=lambda: next(numbers), stream=lambda one: nullcontext(), empty_cache=lambda: None,
+    )  # fmt: skip
+    monkeypatch.setattr(FakeGraph, "pools", {})
+    monkeypatch.setattr(FakeGraph, "closed", set())
+    monkeypatch.setattr(layer_graphs.torch, "cuda", fake)
+    return CudaRecorder(CPU)
+
+
+def test_graphs_share_a_pool_and_take_another_when_all_are_gone(cuda_recorder: CudaRecorder) -> None:
+    held = [cuda_recorder.record(lambda: None) for _ in range(3)]
+    assert FakeGraph.pools == {0: 3}
+    del held[0]
+    held.append(cuda_recorder.record(lambda: None))
+    assert FakeGraph.pools == {0: 3}
+    held.clear()
+    held.append(cuda_recorder.record(lambda: None))
+    assert FakeGraph.pools == {0: 0, 1: 1}
+
+
+def test_no_garbage_is_collected_while_a_graph_is_recorded(cuda_recorder: CudaRecorder) -> None:
+    seen = []
+    cuda_recorder.record(lambda: seen.append(gc.isenabled()))
+    assert seen == [False]
+    with pytest.raises(RuntimeError, match="not permitted"):
+        cuda_recorder.record(failing)
+    assert gc.isenabled()
+
+
+def failing() -> None:
+    raise RuntimeError("operation not permitted when stream is capturing")
 
 
 def test_memory_that_ends_in_a_recording_is_the_memory_guards(lm: LanguageModel) -> None:
