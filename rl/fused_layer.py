@@ -20,12 +20,12 @@ from tandem.kernels.pack_layout import PackLayout
 from tandem.rl.config import TrainConfig
 from tandem.rl.errors import UserError
 from tandem.rl.families import Layer, ModelSpec, Norm, describe
-from tandem.rl.layer_graphs import MOST_RECORDED_BYTES, LayerGraphs, Recorder, Ropes, Stack
+from tandem.rl.layer_graphs import MOST_RECORDED_BYTES, LayerGraphs, Recorder, Stack
 from tandem.rl.layer_ops import LoraGrads
 from tandem.rl.layer_run import LayerRun, norm_backward, normed
 from tandem.rl.model import LanguageModel
 from tandem.rl.offload import HostStore, Store, fits, free_on, goes_to_host, layers_beside
-from tandem.rl.pack_padding import Alike, made_alike
+from tandem.rl.pack_padding import made_alike
 from tandem.rl.prepared_weights import KeptWeights
 
 # Rows that pass the MLP at a time, where nothing else is said.
@@ -165,20 +165,26 @@ class FusedLayers:
         kept = self._weights if self._weights.begin(first, spec.num_layers, h.dtype) else None
         if kept is not None:
             kept.prepare(spec.layers, h.dtype)
+        inputs = kept is not None and plan.projections == "auto"
         layers = None if kept is None else self._layers_to_record(h)
-        alike = None if layers is None else made_alike(layout, h.device)
+        alike = None
+        if layers is not None:
+            # A pack that is not recorded is not to be padded either.
+            most = MOST_RECORDED_BYTES // (spec.num_layers * _row_bytes(h, first, inputs))
+            alike = made_alike(layout, h.device, most)
         if alike is not None:
             h, position_ids, layout = alike.padded(h), alike.padded(position_ids), alike.layout
         rope = spec.rope(h, position_ids)
         store, save = self._store_for(h, spec.num_layers, first)
         groups = plan.groups_for(h.shape[0], first.kv_heads)
-        inputs = kept is not None and plan.projections == "auto"
         self.layers_kept = self._layers_to_keep(h, spec.num_layers, first, inputs) if torch.is_grad_enabled() else 0
         make = partial(LayerRun, layout=layout, tile_rows=plan.tile_rows, groups=groups, keep_inputs=inputs, kept=kept)
         whole = save and store is self.near and self.layers_kept == spec.num_layers
         if layers is not None and alike is not None and whole:
             stack = Stack(layers, spec.final_norm(), plan.tile_rows, partial(make, keep=True))
-            found = self._recorded(alike, h, rope, stack, inputs)
+            if self._graphs is None:
+                self._graphs = LayerGraphs(h.device, self._weights, self._recorder)
+            found = self._graphs.hidden(alike, h, rope, stack)
             if found is not None:
                 return found[:rows]
         for index in range(spec.num_layers):
@@ -197,21 +203,16 @@ class FusedLayers:
     def _layers_to_record(self, h: torch.Tensor) -> list[Layer] | None:
         """All layers, where a pass is to be recorded and they allow it."""
         assert self._spec is not None
-        if not self.plan.recorded or not torch.is_grad_enabled() or h.requires_grad:
+        plan = self.plan
+        if not plan.recorded or plan.projections == "recompute" or plan.attention == "recompute" or self.offload:
+            return None
+        if not torch.is_grad_enabled() or h.requires_grad:
             return None
         if self._graphs is not None and self._graphs.off:
             return None
         layers = self._spec.layers()
         allowed = self._recorder is not None or all(_recordable(layer, h) for layer in layers)
         return layers if allowed else None
-
-    def _recorded(self, alike: Alike, h: torch.Tensor, rope: Ropes, stack: Stack, inputs: bool) -> torch.Tensor | None:
-        """The padded pack through a recording, where there is one of its kind and it may stay."""
-        if len(stack.layers) * _kept_bytes(h, stack.layers[0], inputs) > MOST_RECORDED_BYTES:
-            return None
-        if self._graphs is None:
-            self._graphs = LayerGraphs(h.device, self._weights, self._recorder)
-        return self._graphs.hidden(alike, h, rope, stack)
 
     def _store_for(self, h: torch.Tensor, num_layers: int, layer: Layer) -> tuple[Store, bool]:
         """Where this pack's layers keep what they keep, and whether attention's output is a part of it."""
@@ -233,17 +234,17 @@ class FusedLayers:
             return num_layers if self.plan.projections == "save" else 0
         if h.device.type != "cuda":
             return 0
-        each = _kept_bytes(h, layer, inputs)
+        each = h.shape[0] * _row_bytes(h, layer, inputs)
         return layers_beside(free_on(h.device), each, num_layers, h.numel() * h.element_size())
 
 
-def _kept_bytes(h: torch.Tensor, layer: Layer, inputs: bool) -> int:
-    """What a layer keeps of a pack beside its input and attention's output."""
+def _row_bytes(h: torch.Tensor, layer: Layer, inputs: bool) -> int:
+    """What a layer keeps of a row beside its input and attention's output."""
     columns = layer.qkv.size[0] + layer.gate_up.size[0]
     if inputs:
         columns += h.shape[1] + sum(block.size[1] for block in (layer.qkv, layer.output, layer.gate_up))
         columns += 0 if layer.query_norm is None else (layer.query_heads + layer.kv_heads) * layer.head_dim
-    return h.shape[0] * h.element_size() * columns
+    return h.element_size() * columns
 
 
 def _recordable(layer: Layer, h: torch.Tensor) -> bool:

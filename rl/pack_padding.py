@@ -33,8 +33,9 @@ class Alike(NamedTuple):
         return torch.cat([x, x.new_zeros(self.more, *x.shape[1:])])
 
 
-def made_alike(layout: PackLayout, device: torch.device) -> Alike | None:
-    """The padded pack, for layers without a window; None where it is large, or a segment is long."""
+def made_alike(layout: PackLayout, device: torch.device, most: int | None = None) -> Alike | None:
+    """The padded pack, for layers without a window; None where it is large, with more than `most` rows when it is
+    padded, or a segment is long."""
     rows = layout.length
     if rows > MOST_ROWS:
         return None
@@ -47,6 +48,8 @@ def made_alike(layout: PackLayout, device: torch.device) -> Alike | None:
     else:
         last = Family((rows, rows + _missing(rows)))
     padded = PackLayout([*layout.families, last])
+    if most is not None and padded.length > most:
+        return None
     plan = rounded_plan(padded, device, _UNIT)
     if plan is None:
         return None

@@ -21,16 +21,14 @@ import torch
 from test_fused_layer import build, difference, oracle, run
 from test_packed_attention import dense, dense_backward, segment_mask
 
-from tandem.kernels import attention_plan
 from tandem.kernels.attention_blocked import Scoring
 from tandem.kernels.attention_plan import Cross, Run, pieces_backward, pieces_forward
-from tandem.kernels.pack_layout import Family, PackLayout
+from tandem.kernels.pack_layout import PackLayout
 from tandem.rl import fused_layer, layer_graphs, layer_run, pack_padding
 from tandem.rl.fused_layer import FusedLayers, LayerPlan
 from tandem.rl.layer_graphs import CudaRecorder, Work
 from tandem.rl.lora import trainable
 from tandem.rl.model import LanguageModel
-from tandem.rl.pack_padding import made_alike
 from tandem.rl.packing import Pack, pack
 from tandem.rl.samples import Sequence
 from tandem.rl.step import layout_of
@@ -418,68 +416,44 @@ def test_what_reads_the_layout_on_the_host_is_not_recorded(lm: LanguageModel, mo
     assert not fused_layer._recordable(layer, h)
 
 
-def test_no_more_is_recorded_than_may_stay(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_layer, "MOST_RECORDED_BYTES", 1 << 10)
+@pytest.fixture
+def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of the packs that layers have run on."""
+    found: list[int] = []
+
+    def noted(layer: Any, rope: Any, layout: PackLayout, **options: Any) -> layer_run.LayerRun:
+        found.append(layout.length)
+        return layer_run.LayerRun(layer, rope, layout, **options)
+
+    monkeypatch.setattr(fused_layer, "LayerRun", noted)
+    return found
+
+
+def test_no_more_is_recorded_than_may_stay(
+    lm: LanguageModel, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     layers, recorder = recorded(lm)
-    for seed in range(3):
-        run(lm, [one_pack(seed)], layers.hidden)
-    assert recorder.records == 0
+    run(lm, [one_pack(0)], layers.hidden)
+    padded, rows = lengths[0], one_pack(0).num_tokens
+    assert padded > rows
+    first = layers._spec.layer(0)  # type: ignore[union-attr]
+    row = 3 * fused_layer._row_bytes(torch.zeros(1, 24, dtype=torch.float64), first, True)
+    for most, found, records in ((padded * row - 1, rows, 0), (padded * row, padded, 2)):
+        monkeypatch.setattr(fused_layer, "MOST_RECORDED_BYTES", most)
+        lengths.clear()
+        run(lm, [one_pack(0)], layers.hidden)
+        assert set(lengths) == {found}
+        assert recorder.records == records
 
 
-def test_layers_that_offload_or_recompute_are_not_recorded(lm: LanguageModel) -> None:
-    for options in ({"plan": {"attention": "recompute"}}, {"offload": True}):
+def test_layers_that_offload_or_recompute_are_not_recorded(lm: LanguageModel, lengths: list[int]) -> None:
+    for options in ({"plan": {"attention": "recompute"}}, {"plan": {"projections": "recompute"}}, {"offload": True}):
         recorder = Again()
         plan = LayerPlan(recorded=True, **options.get("plan", {}))  # type: ignore[arg-type]
         layers = FusedLayers(plan, offload=options.get("offload"), recorder=recorder).attach(lm)  # type: ignore[arg-type]
         for seed in range(3):
             made = [one_pack(seed)]
+            lengths.clear()
             assert difference(run(lm, made, layers.hidden), oracle(lm, made)) < 1e-10
+            assert set(lengths) == {made[0].num_tokens}, "nor padded"
         assert recorder.records == 0
-
-
-# --- packs made alike -------------------------------------------------------------------------------------------------
-
-
-def random_layout(draw: random.Random) -> PackLayout:
-    families, place = [], 0
-    for _ in range(draw.randint(1, 6)):
-        borders = [place]
-        for _ in range(1 + draw.randint(0, 3)):
-            borders.append(borders[-1] + draw.randint(1, 40))
-        root, *children = pairwise(borders)
-        families.append(Family(root, tuple(children)))
-        place = borders[-1]
-    return PackLayout(families)
-
-
-def test_packs_of_one_key_differ_in_nothing_but_tensors_of_one_shape() -> None:
-    draw = random.Random(0)
-    by_key: dict[tuple[int, ...], Any] = {}
-    met = 0
-    for _ in range(3000):
-        layout = random_layout(draw)
-        made = made_alike(layout, CPU)
-        assert made is not None
-        made.layout.check(layout.length + made.more)
-        assert made.layout.families[: len(layout.families)] == layout.families
-        assert made.plan is attention_plan.plan(made.layout, None, CPU)
-        longest = [(one.start, one.stop, one.longest) for one in made.plan.runs]
-        longest += [(one.longest_rows, one.longest_keys, 0) for one in made.plan.crosses]
-        same = (longest, [(x.shape, x.dtype) for x in made.plan.tensors], made.layout.length)
-        met += made.key in by_key
-        assert by_key.setdefault(made.key, same) == same
-    assert met > 300
-
-
-def test_sizes_come_again_and_cost_a_quarter_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    for rows in range(1, 20_000):
-        more = pack_padding._missing(rows)
-        assert 1 <= more <= max(256, rows // 4 + 1)
-    assert len({rows + pack_padding._missing(rows) for rows in range(1, 8192)}) < 30
-
-
-def test_long_packs_and_segments_are_left_alone() -> None:
-    assert made_alike(PackLayout([Family((0, pack_padding.MOST_ROWS + 1))]), CPU) is None
-    assert made_alike(PackLayout([Family((0, attention_plan.LONG_SEGMENT))]), CPU) is None
-    assert made_alike(PackLayout([Family((0, attention_plan.LONG_SEGMENT - 1))]), CPU) is not None
