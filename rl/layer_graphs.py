@@ -4,7 +4,7 @@ A small model's pass is bound by its thousands of calls, each of which takes the
 as a CUDA graph they are one. What a recording reads and writes stays where it is: the pack's hidden states, rotations
 and layout are copied to it, the adapters are copied to prepared weights as for any pass (`KeptWeights`), and gradients
 leave it in one buffer. A pack is padded to sizes that come again (`pack_padding`), runs once as usual, so that every
-kernel is there, and is recorded when its sizes come for the second time.
+kernel is there, and is recorded when its sizes come for the second time; those that come most often stay recorded.
 
 One recording at a time is between its forward and its backward pass: all share one pool of memory.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,8 +30,10 @@ from tandem.rl.library_imports import collector_off
 from tandem.rl.pack_padding import Alike
 from tandem.rl.prepared_weights import KeptWeights
 
-# Recordings that are kept, the latest.
+# Recordings that are kept. Making one costs more than a pass as usual, so of many kinds of packs others are not recorded.
 _MOST = 8
+# When so many passes are counted, each counts half from then on: what matters is which packs come most often lately.
+_COUNTED = 512
 # What the layers may keep in a recording, whose memory stays on the device.
 MOST_RECORDED_BYTES = 2 << 30
 
@@ -129,8 +131,9 @@ class LayerGraphs:
         # What recordings read beside their own memory, by version and place.
         self._read: tuple[int, list[int]] | None = None
         self.off = False
-        self._seen: set[tuple[Any, ...]] = set()
-        self._records: OrderedDict[tuple[Any, ...], _Record] = OrderedDict()
+        # How often packs of a kind have come.
+        self._times: Counter[tuple[Any, ...]] = Counter()
+        self._records: dict[tuple[Any, ...], _Record] = {}
         self._lease: weakref.ref[_Lease] | None = None
 
     def hidden(self, alike: Alike, h: torch.Tensor, rope: Ropes, stack: Stack) -> torch.Tensor | None:
@@ -144,10 +147,10 @@ class LayerGraphs:
         if self._lease is not None and self._lease() is not None:
             return None
         key = (*alike.key, h.dtype)
-        if key not in self._seen:
-            self._seen.add(key)
-            return None
+        self._count(key)
         if key not in self._records:
+            if not self._makes_room(key):
+                return None
             try:
                 self._records[key] = _Record(alike, h, rope, stack, self._recorder)
             except torch.OutOfMemoryError:
@@ -157,14 +160,27 @@ class LayerGraphs:
                 self.off = True
                 self._records.clear()
                 return None
-        self._records.move_to_end(key)
-        while len(self._records) > _MOST:
-            self._records.popitem(last=False)
         lease = _Lease(self._records[key], weights)
         self._lease = weakref.ref(lease)
         lease.record.take(alike, h, rope)
         out: torch.Tensor = _Replayed.apply(lease, *stack.parameters)
         return out
+
+    def _count(self, key: tuple[Any, ...]) -> None:
+        self._times[key] += 1
+        if self._times.total() >= _COUNTED:
+            self._times = Counter({one: times // 2 for one, times in self._times.items() if times > 1})
+
+    def _makes_room(self, key: tuple[Any, ...]) -> bool:
+        """Whether packs of this kind are to be recorded: not at first, and later in place of those that come less."""
+        if self._times[key] < 2:
+            return False
+        if len(self._records) >= _MOST:
+            rarest = min(self._records, key=self._times.__getitem__)
+            if self._times[key] <= self._times[rarest] + 1:  # kinds that come alike are not to take turns
+                return False
+            del self._records[rarest]
+        return True
 
 
 class _Record:

@@ -258,16 +258,41 @@ def test_recordings_end_with_the_memory(lm: LanguageModel) -> None:
     assert recorder.records == 2, "none since"
 
 
-def test_the_latest_recordings_are_kept(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recordings_of_packs_that_come_most_are_kept(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_graphs, "_MOST", 2)
     layers, recorder = recorded(lm)
-    for groups in (1, 2, 3, 1):
-        for seed in range(3):
+
+    def passes(groups: int, times: int) -> None:
+        for seed in range(times):
             made = [one_pack(seed, groups)]
             assert difference(run(lm, made, layers.hidden), oracle(lm, made)) < 1e-10
+
+    passes(1, 4)
+    passes(2, 2)
+    passes(3, 3)
+    assert recorder.records == 4, "the third kind has not come more often by two"
+    passes(3, 1)
+    passes(1, 1)
+    assert recorder.records == 6, "it took the place of the second kind"
+    passes(2, 1)
+    assert recorder.records == 6
     assert layers._graphs is not None
     assert len(layers._graphs._records) == 2
-    assert recorder.records == 8, "the first kind had to be recorded once more"
+
+
+def test_packs_of_many_kinds_in_turn_are_not_recorded_over_and_over(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_graphs, "_MOST", 2)
+    monkeypatch.setattr(layer_graphs, "_COUNTED", 8)
+    layers, recorder = recorded(lm)
+    for seed in range(6):
+        for groups in (1, 2, 3):
+            run(lm, [one_pack(seed, groups)], layers.hidden)
+    assert recorder.records == 4
+    for seed in range(12):  # what came often once does not stay for good
+        run(lm, [one_pack(seed, 3)], layers.hidden)
+    assert recorder.records == 6
 
 
 def test_a_recording_that_fails_is_told_once_and_done_without(lm: LanguageModel) -> None:
