@@ -30,7 +30,7 @@ from tandem.rl.library_imports import collector_off
 from tandem.rl.pack_padding import Alike
 from tandem.rl.prepared_weights import KeptWeights
 
-# Recordings that are kept. Making one costs more than a pass as usual, so of many kinds of packs others are not recorded.
+# Recordings that are kept. Making one costs more than a pass as usual: of many kinds of packs others are not recorded.
 _MOST = 8
 # When so many passes are counted, each counts half from then on: what matters is which packs come most often lately.
 _COUNTED = 512

@@ -134,6 +134,18 @@ def test_replays_equal_autograd_for_packs_of_other_lengths(lm: LanguageModel, pr
     assert len(lengths) > 3
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3"])
+def test_replays_with_biases_norms_behind_the_halves_and_stacked_projections(family: str) -> None:
+    whole = {"sliding_window": None, "layer_types": ["full_attention"] * 3}
+    changes = {"llama": {}, "qwen2": whole | {"use_sliding_window": False}, "phi3": {"sliding_window": None}}
+    lm = build(family, **changes.get(family, {"layer_types": ["full_attention"] * 3}))
+    layers, recorder = recorded(lm)
+    for seed in range(3):
+        made = [one_pack(seed)]
+        assert difference(run(lm, made, layers.hidden), oracle(lm, made)) < 1e-10
+    assert recorder.records == 2
+
+
 def test_packs_without_shared_prompts_too(lm: LanguageModel) -> None:
     layers, recorder = recorded(lm)
     for seed in range(4):
