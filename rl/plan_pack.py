@@ -114,16 +114,24 @@ def recorded_bytes(setup: Setup, rows: int) -> int:
     keeps = plan.projections != "recompute" and plan.attention != "recompute" and setup.offload is not True
     if not keeps or not kept_weight_bytes(setup) or any(window is not None for window in setup.shape.windows):
         return 0
-
-    def kept(rows: int) -> int:
-        inputs = input_bytes(setup, rows) if plan.projections == "auto" else 0
-        return setup.shape.layers * (projection_bytes(setup, rows) + inputs)
-
     rows = usually_padded(min(rows, MOST_ROWS))
-    rows = min(rows, rows * MOST_RECORDED_BYTES // kept(rows))  # larger packs are not recorded
+    rows = min(rows, rows * MOST_RECORDED_BYTES // _kept_in_recording(setup, rows))  # larger packs are not recorded
     alone = replace(setup, plan=replace(plan, projections="recompute", attention="save"), offload=False)
     moments = pack_memory(alone, rows).moments
-    return kept(rows) + max(size for name, size in moments.items() if not name.startswith("head"))
+    most = max(size for name, size in moments.items() if not name.startswith("head"))
+    return _kept_in_recording(setup, rows) + most
+
+
+def is_recorded(setup: Setup, rows: int) -> bool:
+    """Whether passes of packs of `rows` tokens are recorded, where they are to be."""
+    if not setup.plan.recorded or rows > MOST_ROWS or not recorded_bytes(setup, rows):
+        return False
+    return _kept_in_recording(setup, usually_padded(rows)) <= MOST_RECORDED_BYTES
+
+
+def _kept_in_recording(setup: Setup, rows: int) -> int:
+    inputs = input_bytes(setup, rows) if setup.plan.projections == "auto" else 0
+    return setup.shape.layers * (projection_bytes(setup, rows) + inputs)
 
 
 def _free_of_weights(setup: Setup, device: Device) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from tandem.rl.plan_devices import Device
 from tandem.rl.plan_memory import adapter_bytes, kv_bytes, linear_bytes, optimizer_bytes
-from tandem.rl.plan_pack import Pack, recorded_bytes
+from tandem.rl.plan_pack import Pack, is_recorded
 from tandem.rl.plan_setup import Setup
 
 # Shares of the data sheet that are reached. The first two are what an H100 does in an update of Qwen3-8B's shape with
@@ -112,7 +112,7 @@ def step_seconds(setup: Setup, work: Work, pack: Pack, rows: int, device: Device
         # Copies run beside the computation and are waited for where they are slower.
         copied = pack.host / rows * work.tokens / (device.pcie * 1e9 * PCIE)
         forward, backward = max(forward, copied), max(backward, copied)
-    host = packs * setup.shape.layers * (RECORDED if recorded_bytes(setup, rows) and setup.plan.recorded else 1.0)
+    host = packs * setup.shape.layers * (RECORDED if is_recorded(setup, rows) else 1.0)
     forward, backward = max(forward, host * FORWARD_HOST), max(backward, host * BACKWARD_HOST)
     parts["update: forward"] = work.iterations * forward
     parts["update: backward"] = work.iterations * backward

@@ -81,6 +81,18 @@ def test_a_large_model_and_one_with_windows_are_not_recorded() -> None:
         assert ITEM not in ledger(shape, config(cuda_graphs=True), card(80)).training().items
 
 
+def test_an_update_in_packs_that_are_not_recorded_takes_as_long_as_without() -> None:
+    shape = small_shape()
+
+    def seconds(tokens: int, graphs: bool) -> float:
+        given = config(cuda_graphs=graphs, max_tokens=tokens, generation_batch_size=2048)
+        return ledger(shape, given, card(80)).update_seconds
+
+    assert seconds(2048, True) < seconds(2048, False) / 2
+    for tokens in (MOST_ROWS - 1, MOST_ROWS + 1):  # the first would keep more than recordings may
+        assert seconds(tokens, True) == seconds(tokens, False)
+
+
 def test_recordings_grow_up_to_the_largest_pack_that_is_recorded() -> None:
     setup = setup_of(small_shape(), config())
     sizes = [recorded_bytes(setup, rows) for rows in (512, 2048, MOST_ROWS, 4 * MOST_ROWS)]
