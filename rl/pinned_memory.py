@@ -11,6 +11,7 @@ import os
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -68,8 +69,16 @@ def _register(whole: np.ndarray) -> None:
     runtime, address = torch.cuda.cudart(), whole.ctypes.data
     code = int(runtime.cudaHostRegister(address, whole.nbytes, 0))
     if code:
+        _forget_error()
         raise RuntimeError(f"cudaHostRegister: {runtime.cudaGetErrorString(runtime.cudaError(code))} ({code})")
     weakref.finalize(whole, _unregister, address).atexit = False
+
+
+def _forget_error() -> None:
+    """CUDA remembers a refusal until it is asked, and PyTorch asks behind its next kernel, which then seems to have
+    failed: let that be this one."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda").add_(1)
 
 
 def _unregister(address: int) -> None:

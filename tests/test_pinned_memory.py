@@ -22,7 +22,7 @@ class Runtime:
     """Stands in for the CUDA runtime: notes what is registered, and may refuse."""
 
     def __init__(self, code: int = 0) -> None:
-        self.code = code
+        self.code = self.last_error = code
         self.registered: dict[int, int] = {}
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
@@ -30,6 +30,14 @@ class Runtime:
         if not self.code:
             self.registered[address] = size
         return self.code
+
+    def kernel(self, size: int, *, device: str) -> torch.Tensor:
+        """PyTorch asks for the last error behind a kernel, whatever it came from."""
+        assert device == "cuda"
+        code, self.last_error = self.last_error, 0
+        if code:
+            raise RuntimeError(f"CUDA error {code}")
+        return torch.ones(size)
 
     def cudaHostUnregister(self, address: int) -> None:
         # It must still be mapped.
@@ -50,6 +58,7 @@ def maps() -> list[str]:
 def use(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> Runtime:
     fake = SimpleNamespace(cudart=lambda: runtime, synchronize=lambda: None)
     monkeypatch.setattr(pinned_memory.torch, "cuda", fake)
+    monkeypatch.setattr(pinned_memory.torch, "zeros", runtime.kernel)
     return runtime
 
 
@@ -113,7 +122,7 @@ def test_memory_is_unpinned_and_unmapped_with_its_last_block(monkeypatch: pytest
 
 @pytest.mark.parametrize("fault", ["refused", "no huge pages", "no such system"])
 def test_small_pages_are_taken_where_there_are_no_others(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(Runtime(code=2 if fault == "refused" else 0), monkeypatch)
+    runtime = use(Runtime(code=2 if fault == "refused" else 0), monkeypatch)
     if fault == "no huge pages":
 
         def mapped(size: int) -> Any:
@@ -134,6 +143,7 @@ def test_small_pages_are_taken_where_there_are_no_others(fault: str, monkeypatch
     with pytest.warns(RuntimeWarning, match="small pages"):
         blocks = pinned_blocks(3, BLOCK)
     assert [len(block) for block in blocks] == made == [BLOCK] * 3
+    assert runtime.last_error == 0, "or the next kernel would be said to have failed"
 
 
 def test_a_pinned_pool_grows_by_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,3 +179,14 @@ def test_a_gpu_copies_from_and_to_it() -> None:
     torch.cuda.synchronize()
     assert torch.equal(probe.cuda(), data[3])
     assert not any(line.startswith(f"{address:x}-") for line in maps())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_refusal_is_not_taken_for_a_failed_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    (taken,) = pinned_blocks(1, BLOCK)
+    monkeypatch.setattr(pinned_memory, "mapped", lambda size: taken.numpy())
+    with pytest.warns(RuntimeWarning, match="small pages"):
+        (block,) = pinned_blocks(1, BLOCK)
+    assert block.is_pinned()
+    assert torch.ones(3, device="cuda").mul_(2).sum() == 6
