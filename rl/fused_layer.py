@@ -177,7 +177,11 @@ class FusedLayers:
         rope = spec.rope(h, position_ids)
         store, save = self._store_for(h, spec.num_layers, first)
         groups = plan.groups_for(h.shape[0], first.kv_heads)
-        self.layers_kept = self._layers_to_keep(h, spec.num_layers, first, inputs) if torch.is_grad_enabled() else 0
+        self.layers_kept = 0
+        if torch.is_grad_enabled():
+            # PyTorch counts as free what only recordings can use.
+            held = 0 if alike is not None or self._graphs is None else self._graphs.held
+            self.layers_kept = self._layers_to_keep(h, spec.num_layers, first, inputs, held)
         make = partial(LayerRun, layout=layout, tile_rows=plan.tile_rows, groups=groups, keep_inputs=inputs, kept=kept)
         whole = save and store is self.near and self.layers_kept == spec.num_layers
         if layers is not None and alike is not None and whole:
@@ -229,13 +233,13 @@ class FusedLayers:
             save = fits(everything, None if on_host else h.device, already=self.host_bytes if on_host else 0)
         return store, save
 
-    def _layers_to_keep(self, h: torch.Tensor, num_layers: int, layer: Layer, inputs: bool) -> int:
+    def _layers_to_keep(self, h: torch.Tensor, num_layers: int, layer: Layer, inputs: bool, held: int) -> int:
         if self.plan.projections != "auto":
             return num_layers if self.plan.projections == "save" else 0
         if h.device.type != "cuda":
             return 0
         each = h.shape[0] * _row_bytes(h, layer, inputs)
-        return layers_beside(free_on(h.device), each, num_layers, h.numel() * h.element_size())
+        return layers_beside(free_on(h.device) - held, each, num_layers, h.numel() * h.element_size())
 
 
 def _row_bytes(h: torch.Tensor, layer: Layer, inputs: bool) -> int:

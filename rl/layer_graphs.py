@@ -42,7 +42,13 @@ Ropes = dict[str | None, Rope]
 
 
 class Recorder(Protocol):
-    """Turns work into something that does the same work again."""
+    """Turns work into something that does the same work again.
+
+    Attributes:
+        held: bytes on the device that nothing else can use.
+    """
+
+    held: int
 
     def record(self, work: Work) -> Work: ...
 
@@ -53,6 +59,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
+        self.held = 0
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def record(self, work: Work) -> Work:
@@ -61,6 +68,8 @@ class CudaRecorder:
             # without use, cannot be had while a graph is recorded.
             self._pool = torch.cuda.graph_pool_handle()
             torch.cuda.empty_cache()
+            self.held = 0
+        before = torch.cuda.memory_reserved(self._stream.device)
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(here)
         # Not torch.cuda.graph, which collects garbage and empties the allocator's cache at each recording. Garbage that
@@ -76,6 +85,7 @@ class CudaRecorder:
                 raise
             graph.capture_end()
         here.wait_stream(self._stream)
+        self.held += torch.cuda.memory_reserved(self._stream.device) - before
         self._graphs.add(graph)
         return graph.replay
 
@@ -135,6 +145,11 @@ class LayerGraphs:
         self._times: Counter[tuple[Any, ...]] = Counter()
         self._records: dict[tuple[Any, ...], _Record] = {}
         self._lease: weakref.ref[_Lease] | None = None
+
+    @property
+    def held(self) -> int:
+        """Bytes on the device that only recordings can use."""
+        return self._recorder.held
 
     def hidden(self, alike: Alike, h: torch.Tensor, rope: Ropes, stack: Stack) -> torch.Tensor | None:
         """Hidden states `[T, d]` behind the final norm, differentiable in the adapters, of padded rows `h`; None where

@@ -6,15 +6,12 @@ tensors of its plan alone, as the kernels of a GPU do.
 
 from __future__ import annotations
 
-import gc
 import random
 import weakref
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
-from itertools import count, pairwise
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +23,7 @@ from tandem.kernels.attention_plan import Cross, Run, pieces_backward, pieces_fo
 from tandem.kernels.pack_layout import PackLayout
 from tandem.rl import fused_layer, layer_graphs, layer_run, pack_padding
 from tandem.rl.fused_layer import FusedLayers, LayerPlan
-from tandem.rl.layer_graphs import CudaRecorder, Work
+from tandem.rl.layer_graphs import Work
 from tandem.rl.lora import trainable
 from tandem.rl.model import LanguageModel
 from tandem.rl.packing import Pack, pack
@@ -40,10 +37,11 @@ class Again:
     """A recorder whose recordings are the work itself; `records` counts them."""
 
     def __init__(self) -> None:
-        self.records = 0
+        self.records = self.held = 0
 
     def record(self, work: Work) -> Work:
         self.records += 1
+        self.held += 100
         return work
 
 
@@ -367,68 +365,6 @@ def test_what_a_pass_under_way_reads_stays(lm: LanguageModel) -> None:
     assert read() is None
 
 
-class FakeGraph:
-    """A CUDA graph as the allocator treats it: a pool is held by its graphs, and closed with the last of them."""
-
-    pools: ClassVar[dict[int, int]] = {}
-    closed: ClassVar[set[int]] = set()
-
-    def capture_begin(self, *, pool: int, capture_error_mode: str) -> None:
-        assert capture_error_mode == "thread_local"
-        if pool in self.closed:
-            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
-        self.pools[pool] = self.pools.get(pool, 0) + 1
-        weakref.finalize(self, self._release, pool)
-
-    @classmethod
-    def _release(cls, pool: int) -> None:
-        cls.pools[pool] -= 1
-        if not cls.pools[pool]:
-            cls.closed.add(pool)
-
-    def capture_end(self) -> None: ...
-
-    def replay(self) -> None: ...
-
-
-@pytest.fixture
-def cuda_recorder(monkeypatch: pytest.MonkeyPatch) -> CudaRecorder:
-    numbers = count()
-    stream = SimpleNamespace(device=CPU, wait_stream=lambda other: None)
-    fake = SimpleNamespace(
-        CUDAGraph=FakeGraph, Stream=lambda device: stream, current_stream=lambda device: stream,
-        graph_pool_handle=lambda: next(numbers), stream=lambda one: nullcontext(), empty_cache=lambda: None,
-    )  # fmt: skip
-    monkeypatch.setattr(FakeGraph, "pools", {})
-    monkeypatch.setattr(FakeGraph, "closed", set())
-    monkeypatch.setattr(layer_graphs.torch, "cuda", fake)
-    return CudaRecorder(CPU)
-
-
-def test_graphs_share_a_pool_and_take_another_when_all_are_gone(cuda_recorder: CudaRecorder) -> None:
-    held = [cuda_recorder.record(lambda: None) for _ in range(3)]
-    assert FakeGraph.pools == {0: 3}
-    del held[0]
-    held.append(cuda_recorder.record(lambda: None))
-    assert FakeGraph.pools == {0: 3}
-    held.clear()
-    held.append(cuda_recorder.record(lambda: None))
-    assert FakeGraph.pools == {0: 0, 1: 1}
-
-
-def test_no_garbage_is_collected_while_a_graph_is_recorded(cuda_recorder: CudaRecorder) -> None:
-    seen = []
-    cuda_recorder.record(lambda: seen.append(gc.isenabled()))
-    assert seen == [False]
-    with pytest.raises(RuntimeError, match="not permitted"):
-        cuda_recorder.record(failing)
-    assert gc.isenabled()
-
-
-def failing() -> None:
-    raise RuntimeError("operation not permitted when stream is capturing")
-
-
 def test_memory_that_ends_in_a_recording_is_the_memory_guards(lm: LanguageModel) -> None:
     class Full(Again):
         def record(self, work: Work) -> Work:
@@ -481,6 +417,24 @@ def test_no_more_is_recorded_than_may_stay(
         run(lm, [one_pack(0)], layers.hidden)
         assert set(lengths) == {found}
         assert recorder.records == records
+
+
+def test_what_recordings_hold_is_not_free_to_packs_that_are_not_recorded(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+
+    def layers_to_keep(self: Any, h: Any, layers: int, first: Any, inputs: bool, bytes_held: int) -> int:
+        held.append(bytes_held)
+        return layers
+
+    monkeypatch.setattr(FusedLayers, "_layers_to_keep", layers_to_keep)
+    layers, _ = recorded(lm)
+    for seed in range(3):
+        run(lm, [one_pack(seed)], layers.hidden)
+    monkeypatch.setattr(pack_padding, "MOST_ROWS", 1)
+    run(lm, [one_pack(3)], layers.hidden)
+    assert held == [0, 0, 0, 200]
 
 
 def test_layers_that_offload_or_recompute_are_not_recorded(lm: LanguageModel, lengths: list[int]) -> None:

@@ -22,7 +22,7 @@ from tandem.rl.plan_memory import setup_of
 from tandem.rl.plan_pack import recorded_bytes
 from tandem.rl.plan_shape import shape_of
 from tandem.rl.samples import Sequence
-from tandem.rl.step import PolicyBatch, policy_backward
+from tandem.rl.step import PolicyBatch, policy_backward, scored_hidden
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -114,6 +114,27 @@ def test_recordings_hold_what_the_plan_says(lm: LanguageModel) -> None:
     said = recorded_bytes(setup_of(shape_of(lm.model.config), config_of(lora={"r": 16})), made.num_tokens)
     print(f"recordings of {made.num_tokens} rows: planned {said >> 20} MiB, freed {freed >> 20} MiB")
     assert 0.5 * said <= freed <= 1.1 * said
+
+
+def test_recordings_are_made_anew_in_another_pool(lm: LanguageModel) -> None:
+    """PyTorch refuses a pool whose last graph has gone."""
+    layers = FusedLayers(LayerPlan(recorded=True)).attach(lm)
+    one = batch(0)
+    for _ in range(2):
+        for _ in range(3):
+            ours = gradients(lm, one)
+        assert layers._graphs is not None
+        assert layers._graphs._records
+        assert layers._graphs.held > 0
+        with lm.model.disable_adapter(), torch.no_grad(), lm.packed():
+            (made,) = pack(one.sequences, 8192)
+            scored_hidden(lm, made)
+        for _, parameter in trainable(lm):
+            parameter.data = parameter.data.clone()
+    gradients(lm, one)
+    assert not layers._graphs.off
+    FusedLayers().attach(lm)
+    assert apart(ours, gradients(lm, one)) < 0.02
 
 
 def test_how_long_an_update_takes(lm: LanguageModel) -> None:
