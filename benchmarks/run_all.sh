@@ -40,11 +40,13 @@ long() { # GIB LENGTH
 for name in "${@:-graphs profile pinned learning long24 long80 peaks rollout apart steps run200}"; do
     for one in $name; do
         case $one in
-            graphs) part graphs 120 "$python" -m pytest -q -m gpu -s tests/test_layer_graphs_gpu.py \
-                tests/test_pinned_memory.py tests/test_fused_gpu.py ;;
+            graphs)
+                part graphs 240 "$python" -m pytest -q -m gpu -s tests/test_layer_graphs_gpu.py tests/test_pinned_memory.py \
+                    tests/test_packed_attention_gpu.py tests/test_fused_gpu.py
+                ;;
             profile)
                 for graphs in false true; do
-                    part "profile-$graphs" 150 "$python" benchmarks/profile_step.py examples/arithmetic.yaml \
+                    part "profile-$graphs" 240 "$python" benchmarks/profile_step.py examples/arithmetic.yaml \
                         "model.model_name_or_path=$small" rollout.engine=vllm rollout.enforce_eager=false \
                         "train.cuda_graphs=$graphs" eval.eval_steps=0 checkpoint.save_steps=0 parity.action=warn \
                         --skip 6 --steps 12 --out "$out"
@@ -73,7 +75,7 @@ for name in "${@:-graphs profile pinned learning long24 long80 peaks rollout apa
                     --together --timeout 880 --out "$out"
                 ;;
             run200)
-                part run200 560 "$python" benchmarks/long_run.py --steps 200 --device cuda --model "$small" \
+                part run200 300 "$python" benchmarks/long_run.py --steps 200 --device cuda --model "$small" \
                     --set rollout.engine=vllm rollout.enforce_eager=false --results "$out"
                 ;;
             *) echo "there is no part $one" >&2 && exit 2 ;;
