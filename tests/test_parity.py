@@ -227,7 +227,7 @@ def test_what_only_rounding_explains_goes_on_and_is_said_once(lm, place, tmp_pat
     config = grpo(place, tmp_path)
     batch, own = batch_of(lm, config, rounded(size))
     gate = ParityGate(lm, config, lm.head, engine="transformers")
-    looks = [gate.compare(batch, own, step=step, place="at step 1") for step in (0, 10, 20)]
+    looks = [gate.compare(batch, own, step=number, place="at step 1") for number in (0, 10, 20)]
     assert [(one.failure is not None) for one in looks] == [fails] * 3
     assert [one.note is not None for one in looks] == [size == 0.2, False, False]
     if size == 0.2:
@@ -411,8 +411,8 @@ def test_warn_says_so_and_goes_on(place, tmp_path, monkeypatch):
     config = grpo(place, tmp_path, train={"max_steps": 3}, parity={"action": "warn", "check_steps": 2})
     _, err = train(config, monkeypatch, late)
     assert err.count("do not compute the same policy") == 2
-    for step in (1, 3):
-        assert f"at step {step}:" in err
+    for number in (1, 3):
+        assert f"at step {number}:" in err
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3]
 
 
