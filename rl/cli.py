@@ -5,11 +5,12 @@ Exit codes: 0 done; 2 a mistake that the user can fix; 1 anything else, a stoppe
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -167,6 +168,24 @@ def plan(
 def main() -> None:
     """Entry point: turns a user's mistake into one clear message and exit code 2."""
     os.environ.update(growing_segments())
+    try:
+        _main()
+    except SystemExit as end:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _leave(end)
+        raise
+
+
+def _leave(end: SystemExit) -> NoReturn:
+    """End one of several processes without clearing its modules: what is left there of a process group now and then
+    ends the process with an abort, for which `torchrun` then kills the others while they write their report."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+
+
+def _main() -> None:
     try:
         _refuse_dashes(sys.argv[1:])
         app()

@@ -187,3 +187,27 @@ def test_dealt_out_items_come_back_in_order() -> None:
         for ranks in (1, 2, 3):
             parts = [list(range(r, count, ranks)) for r in range(ranks)]
             assert interleave(parts) == list(range(count))
+
+
+@pytest.mark.parametrize(("processes", "code"), [("1", -6), ("2", 0)])
+def test_a_rank_ends_before_what_is_left_of_its_process_group_can_abort_it(processes: str, code: int) -> None:
+    """PyTorch's gloo group does so now and then where modules are cleared; one that always does stands in for it."""
+    program = """
+import atexit, os, sys
+class Group:
+    def __del__(self, abort=os.abort):
+        abort()
+sys.modules["left"] = left = type(sys)("left")
+left.group, left.itself = Group(), left
+del left, Group
+atexit.register(print, "atexit has run")
+from tandem.rl.cli import main
+sys.argv = ["rl-train", "rewards", "--help"]
+main()
+"""
+    environment = os.environ | {"WORLD_SIZE": processes}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100, env=environment, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert "atexit has run" in done.stdout

@@ -192,3 +192,20 @@ def test_makefile_has_its_targets(target: str) -> None:
     assert done.returncode == 0, done.stderr
     described = subprocess.run([make, "help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert f"make {target} " in described.stdout
+
+
+def test_the_installed_command_runs_as_it_is_typed(tmp_path: Path) -> None:
+    """The script that an installation puts beside the interpreter, away from the checkout."""
+    script = Path(sys.executable).with_name("rl-train")
+    assert script.is_file(), "tests run in an environment with Tandem in it: make test sets it up"
+
+    def typed(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([script, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+
+    done = typed("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(name in done.stdout for name in ("run", "resume", "plan", "rewards"))
+    done = typed("run", "nowhere.yaml")
+    assert done.returncode == 2
+    assert "nowhere.yaml" in done.stderr
+    assert "Traceback" not in done.stderr
