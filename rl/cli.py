@@ -157,11 +157,11 @@ def plan(
     checked = load_config(config, overrides)
     with collector_off():
         from tandem.rl import plan_command
-        from tandem.rl.ignored_keys import ignored_note
+        from tandem.rl.ignored_keys import say_ignored
 
     console = _console()
-    if not as_json and (said := ignored_note(checked, plan=True)):
-        console.note(said)
+    if not as_json:
+        say_ignored(checked, console, plan=True)
     plan_command.plan(checked, gpu=gpu, host_gib=host_gib, as_json=as_json, console=console)
 
 

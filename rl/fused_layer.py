@@ -70,6 +70,11 @@ class LayerPlan:
             train.cuda_graphs is True,
         )
 
+    @property
+    def may_keep_all(self) -> bool:
+        """Whether a layer may keep all that its backward pass wants, as recorded passes do."""
+        return "recompute" not in (self.projections, self.attention)
+
     def groups_for(self, rows: int, kv_heads: int) -> int:
         if self.groups is not None:
             return self.groups
@@ -207,8 +212,7 @@ class FusedLayers:
     def _layers_to_record(self, h: torch.Tensor) -> list[Layer] | None:
         """All layers, where a pass is to be recorded and they allow it."""
         assert self._spec is not None
-        plan = self.plan
-        if not plan.recorded or plan.projections == "recompute" or plan.attention == "recompute" or self.offload:
+        if not (self.plan.recorded and self.plan.may_keep_all) or self.offload:
             return None
         if not torch.is_grad_enabled() or h.requires_grad:
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from tandem.rl.config import Config
+from tandem.rl.console import Console
 from tandem.rl.sections import AlgorithmConfig, Section
 
 _ALL = set(get_args(AlgorithmConfig.model_fields["name"].annotation))
@@ -74,6 +75,12 @@ def ignored_note(config: Config, *, plan: bool = False) -> str:
         return ""
     names = f"{', '.join(keys[:-1])} and {keys[-1]} have" if len(keys) > 1 else f"{keys[0]} has"
     return f"{names} no effect with algorithm.name={config.algorithm.name}"
+
+
+def say_ignored(config: Config, console: Console, *, plan: bool = False) -> None:
+    """Tell the user, where there is something to tell."""
+    if said := ignored_note(config, plan=plan):
+        console.note(said)
 
 
 def _set_in(section: Section) -> list[str]:

@@ -22,7 +22,7 @@ from tandem.rl.context_length import check_context
 from tandem.rl.errors import UserError, cause
 from tandem.rl.evaluate import Judge
 from tandem.rl.examples import load_labelled, load_preferences, load_supervised
-from tandem.rl.ignored_keys import ignored_note
+from tandem.rl.ignored_keys import say_ignored
 from tandem.rl.library_imports import collector_off
 from tandem.rl.model import load_tokenizer
 from tandem.rl.optim import check_optimizer
@@ -59,7 +59,7 @@ def prepare(config: Config, console: Console) -> Inputs:
         UserError: anything in them that the run would trip over.
     """
     quiet_libraries()
-    _say_ignored(config, console)
+    say_ignored(config, console)
     check_optimizer(config.optim, on_gpu=config.model.device != "cpu" and torch.cuda.is_available())
     train_rows = _rows(config.data, config.data.dataset_train_split, "data")
     eval_rows = _rows(config.eval, config.eval.dataset_test_split, "eval") if config.eval.dataset_name else None
@@ -108,11 +108,6 @@ def prepare(config: Config, console: Console) -> Inputs:
         warn=console.warn,
     )
     return Inputs(tokenizer, data, judge, objective, environments)
-
-
-def _say_ignored(config: Config, console: Console) -> None:
-    if said := ignored_note(config):
-        console.note(said)
 
 
 def _check_rewards(rewards: list[Reward], prompts: list[Prompt], data: str) -> None:
@@ -192,7 +187,7 @@ def with_environments(
 def prepare_replay(config: Config, prompts: list[Prompt], console: Console) -> Inputs:
     """What a replay of journalled rollouts reads: no data set and no rewards, only a warm-up's examples."""
     quiet_libraries()
-    _say_ignored(config, console)
+    say_ignored(config, console)
     warmup_rows = _warmup_rows(config)
     tokenizer = load_tokenizer(config.model)
     data = TrainingData(prompts=prompts, warmup=_examples(warmup_rows, tokenizer, config, console))

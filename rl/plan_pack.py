@@ -110,13 +110,13 @@ def recorded_bytes(setup: Setup, rows: int) -> int:
 
     All recordings share one memory, that of the largest: what its layers keep, and a layer at work.
     """
-    plan = setup.plan
-    keeps = plan.projections != "recompute" and plan.attention != "recompute" and setup.offload is not True
-    if not keeps or not kept_weight_bytes(setup) or any(window is not None for window in setup.shape.windows):
+    if not setup.plan.may_keep_all or setup.offload:
+        return 0
+    if not kept_weight_bytes(setup) or any(window is not None for window in setup.shape.windows):
         return 0
     rows = usually_padded(min(rows, MOST_ROWS))
     rows = min(rows, rows * MOST_RECORDED_BYTES // _kept_in_recording(setup, rows))  # larger packs are not recorded
-    alone = replace(setup, plan=replace(plan, projections="recompute", attention="save"), offload=False)
+    alone = replace(setup, plan=replace(setup.plan, projections="recompute", attention="save"), offload=False)
     moments = pack_memory(alone, rows).moments
     most = max(size for name, size in moments.items() if not name.startswith("head"))
     return _kept_in_recording(setup, rows) + most

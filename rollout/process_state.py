@@ -49,8 +49,8 @@ def preserved(environment: Mapping[str, str] | None = None, *, quiet: Sequence[s
 
 @contextmanager
 def attention_preserved() -> Iterator[None]:
-    """Leave it as it was which attention PyTorch may take. With vLLM's import cuDNN's is switched off, with which the
-    update of long sequences takes two thirds of the time."""
+    """Leave it as it was which attention PyTorch may take. With vLLM's import cuDNN's is switched off, which is
+    the fastest for long sequences (docs/kernels.md)."""
     before = _attention()
     try:
         yield
