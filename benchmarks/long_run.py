@@ -36,6 +36,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 from tiny_run import write_place  # noqa: E402
+from update import store  # noqa: E402
 
 REWARD = """
 import os
@@ -74,7 +75,7 @@ def main() -> None:
         result = measure(folder, arguments)
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     target = arguments.results / f"long_run-{device_name(arguments.device)[0]}-{today}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    store(target, result)
     print(json.dumps({k: v for k, v in result.items() if k != "samples"}, indent=1))
     print(target)
 

@@ -31,7 +31,7 @@ from tandem.rl.pack_padding import Alike
 from tandem.rl.prepared_weights import KeptWeights
 
 # Recordings that are kept. Making one costs more than a pass as usual: of many kinds of packs others are not recorded.
-_MOST = 8
+MOST_RECORDINGS = 8
 # When so many passes are counted, each counts half from then on: what matters is which packs come most often lately.
 _COUNTED = 512
 # What the layers may keep in a recording, whose memory stays on the device.
@@ -144,6 +144,8 @@ class LayerGraphs:
         # How often packs of a kind have come.
         self._times: Counter[tuple[Any, ...]] = Counter()
         self._records: dict[tuple[Any, ...], _Record] = {}
+        # What all recordings leave the adapters' gradients in.
+        self._grads: torch.Tensor | None = None
         self._lease: weakref.ref[_Lease] | None = None
 
     @property
@@ -167,7 +169,7 @@ class LayerGraphs:
             if not self._makes_room(key):
                 return None
             try:
-                self._records[key] = _Record(alike, h, rope, stack, self._recorder)
+                self._records[key] = _Record(alike, h, rope, stack, self._recorder, self._buffer(stack.parameters))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -181,6 +183,12 @@ class LayerGraphs:
         out: torch.Tensor = _Replayed.apply(lease, *stack.parameters)
         return out
 
+    def _buffer(self, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+        size, first = sum(p.numel() for p in parameters), parameters[0]
+        if self._grads is None or self._grads.numel() != size:
+            self._grads = torch.empty(size, dtype=first.dtype, device=first.device)
+        return self._grads
+
     def _count(self, key: tuple[Any, ...]) -> None:
         self._times[key] += 1
         if self._times.total() >= _COUNTED:
@@ -190,7 +198,7 @@ class LayerGraphs:
         """Whether packs of this kind are to be recorded: not at first, and later in place of those that come less."""
         if self._times[key] < 2:
             return False
-        if len(self._records) >= _MOST:
+        if len(self._records) >= MOST_RECORDINGS:
             rarest = min(self._records, key=self._times.__getitem__)
             if self._times[key] <= self._times[rarest] + 1:  # kinds that come alike are not to take turns
                 return False
@@ -199,9 +207,15 @@ class LayerGraphs:
 
 
 class _Record:
-    """Both passes of packs that are alike; all tensors of it stay where they are."""
+    """Both passes of packs that are alike; all tensors of it stay where they are.
 
-    def __init__(self, alike: Alike, h: torch.Tensor, rope: Ropes, stack: Stack, recorder: Recorder) -> None:
+    Args:
+        grads: of all parameters together, which only hold what the last replay has found.
+    """
+
+    def __init__(
+        self, alike: Alike, h: torch.Tensor, rope: Ropes, stack: Stack, recorder: Recorder, grads: torch.Tensor
+    ) -> None:
         self._h, self._out, self._grad = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
         self._rope = {kind: (cos.clone(), sin.clone()) for kind, (cos, sin) in rope.items()}
         # The layout's plan is what attention finds in it: its tensors are this recording's from now on.
@@ -209,7 +223,7 @@ class _Record:
         parameters = stack.parameters
         self._sizes = [p.numel() for p in parameters]
         self._shapes = [p.shape for p in parameters]
-        self._grads = torch.empty(sum(self._sizes), dtype=parameters[0].dtype, device=h.device)
+        self._grads = grads
         places = [x.view(s) for x, s in zip(self._grads.split(self._sizes), self._shapes, strict=True)]
         runs = [stack.make(layer, self._rope[layer.rope]) for layer in stack.layers]
         between: list[tuple[torch.Tensor, Any, Any]] = []
@@ -230,13 +244,13 @@ class _Record:
             place = len(places)
             for number in reversed(range(len(runs))):
                 x, attended, kept = between.pop()
-                grads = LoraGrads()
+                of_layer = LoraGrads()
                 runs[number].backward(
-                    x, [*attended], kept, grad, grads, need_input=number > 0, when_free=lambda: None
+                    x, [*attended], kept, grad, of_layer, need_input=number > 0, when_free=lambda: None
                 )  # fmt: skip
                 for p in reversed(stack.layers[number].parameters):
                     place -= 1
-                    found = grads.of(p)
+                    found = of_layer.of(p)
                     assert found is not None, "every adapter has a gradient"
                     places[place].copy_(found)
 

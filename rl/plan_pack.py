@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from tandem.rl.layer_graphs import MOST_RECORDED_BYTES
+from tandem.rl.layer_graphs import MOST_RECORDED_BYTES, MOST_RECORDINGS
 from tandem.rl.layer_run import LATE_ROWS
 from tandem.rl.offload import BLOCK_BYTES, DEVICE_SHARE, HOST_SHARE, STAYS_ON_DEVICE
 from tandem.rl.pack_padding import MOST_ROWS, usually_padded
@@ -21,6 +21,8 @@ from tandem.rl.plan_shape import Linear, Projections
 
 # Ids, positions, rows, targets, log-probs, weights, advantages of a token: int64 and float64 for the most part.
 _TOKEN_BYTES = 160
+# cuBLAS's for the stream on which passes are recorded, on Hopper; elsewhere 16 MiB.
+_RECORDED_WORKSPACE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def input_bytes(setup: Setup, rows: int) -> int:
 def recorded_bytes(setup: Setup, rows: int) -> int:
     """What recorded passes of packs up to `rows` tokens hold on the device from pass to pass; 0 where none can be.
 
-    All recordings share one memory, that of the largest: what its layers keep, and a layer at work.
+    All recordings share one memory, that of the largest: what its layers keep, and a layer at work. Each has the hidden
+    states in which a pass comes and goes and their gradient for itself.
     """
     if not setup.plan.may_keep_all or setup.offload:
         return 0
@@ -119,7 +122,8 @@ def recorded_bytes(setup: Setup, rows: int) -> int:
     alone = replace(setup, plan=replace(setup.plan, projections="recompute", attention="save"), offload=False)
     moments = pack_memory(alone, rows).moments
     most = max(size for name, size in moments.items() if not name.startswith("head"))
-    return _kept_in_recording(setup, rows) + most
+    own = MOST_RECORDINGS * 3 * rows * setup.shape.hidden * setup.width
+    return _kept_in_recording(setup, rows) + most + own + adapter_bytes(setup.adapter) + _RECORDED_WORKSPACE
 
 
 def is_recorded(setup: Setup, rows: int) -> bool:

@@ -269,7 +269,7 @@ def test_recordings_end_with_the_memory(lm: LanguageModel) -> None:
 
 
 def test_the_recordings_of_packs_that_come_most_are_kept(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_graphs, "_MOST", 2)
+    monkeypatch.setattr(layer_graphs, "MOST_RECORDINGS", 2)
     layers, recorder = recorded(lm)
 
     def passes(groups: int, times: int) -> None:
@@ -293,7 +293,7 @@ def test_the_recordings_of_packs_that_come_most_are_kept(lm: LanguageModel, monk
 def test_packs_of_many_kinds_in_turn_are_not_recorded_over_and_over(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_graphs, "_MOST", 2)
+    monkeypatch.setattr(layer_graphs, "MOST_RECORDINGS", 2)
     monkeypatch.setattr(layer_graphs, "_COUNTED", 8)
     layers, recorder = recorded(lm)
     for seed in range(6):
