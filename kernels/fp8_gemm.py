@@ -1,7 +1,8 @@
 """x·Wᵀ with W in 8-bit floating point, for the few rows of a decode step: the bytes are read once.
 
-Every E4M3 value is a bfloat16 value, so tensor cores multiply by the bytes as they are, and the power of two of each
-output scales its sum (`kernels/fp8.py`). W is the left operand: its rows fill the tensor cores where x has few.
+Every E4M3 value is a bfloat16 and a float16 value, so tensor cores multiply by the bytes as they are, and the power of
+two of each output scales its sum (`kernels/fp8.py`). W is the left operand: its rows fill the tensor cores where x has
+few.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ except ImportError:  # the twin answers where Triton does not exist
 
 # Rows of x up to which the fused product is taken; beyond, the weight is unpacked for cuBLAS.
 BEST_UP_TO_ROWS = 64
+DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -56,18 +58,19 @@ def fp8_linear(
     """x·Wᵀ + bias, sums in float32; the same bits at every call. Safe under CUDA graph capture after a first call.
 
     Args:
-        x: `[M, in]` bfloat16. packed: `[out, in]` uint8; scales: `[out]` float32 (`quantize_fp8`). bias: `[out]`.
+        x: `[M, in]` bfloat16 or float16. packed: `[out, in]` uint8; scales: `[out]` float32 (`quantize_fp8`). bias:
+            `[out]`.
 
     Returns:
-        `[M, out]` bfloat16.
+        `[M, out]` in the type of x.
 
     Raises:
         ValueError: sizes or types that do not fit each other.
     """
     check_fp8(packed, scales)
     outputs, width = packed.shape
-    if x.dim() != 2 or x.dtype != torch.bfloat16 or x.shape[1] != width:
-        raise ValueError(f"x {tuple(x.shape)} {x.dtype}: a bfloat16 matrix with {width} columns is needed")
+    if x.dim() != 2 or x.dtype not in DTYPES or x.shape[1] != width:
+        raise ValueError(f"x {tuple(x.shape)} {x.dtype}: a bfloat16 or float16 matrix with {width} columns is needed")
     if bias is not None and (tuple(bias.shape) != (outputs,) or not bias.is_contiguous()):
         raise ValueError(f"bias {tuple(bias.shape)}: [{outputs}] is needed")
     out = torch.empty(x.shape[0], outputs, dtype=x.dtype, device=x.device)
@@ -144,7 +147,7 @@ if triton is not None:
             if WIDE:  # for the interpreter, which takes bfloat16 for integers
                 sums = tl.dot(value, tile.to(tl.float32), sums)
             else:
-                sums = tl.dot(value.to(tl.bfloat16), tile, sums)
+                sums = tl.dot(value.to(tile.dtype), tile, sums)
         sums *= tl.load(scales + row)[:, None]
         if BIAS:
             sums += tl.load(bias + row).to(tl.float32)[:, None]

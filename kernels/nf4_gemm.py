@@ -1,7 +1,7 @@
 """x·Wᵀ with W in NF4, for the few rows of a decode step: the 4-bit bytes are read once and unpacked in registers.
 
-The weights that are multiplied are bit for bit those that bitsandbytes unpacks: level·scale in float32, rounded to
-bfloat16. Two neighbouring inputs share a byte, so a tile of bytes gives two products: its high nibbles with the even
+The weights that are multiplied are bit for bit those that bitsandbytes unpacks: level·scale in float32, rounded to the
+type of x. Two neighbouring inputs share a byte, so a tile of bytes gives two products: its high nibbles with the even
 inputs of x, its low ones with the odd. W is the left operand: 64 of its rows fill the tensor cores where x has few.
 A single row of x goes without tensor cores: unpacking is what takes the time, and there nothing has to be rearranged
 for them.
@@ -29,6 +29,7 @@ except ImportError:  # the twin answers where Triton does not exist
 # Rows of x up to which this beats unpacking the weight for cuBLAS; callers switch.
 BEST_UP_TO_ROWS = 64
 MAX_PARTS = 3
+DTYPES = (torch.bfloat16, torch.float16)
 _BLOCK = 64
 
 
@@ -110,16 +111,16 @@ def nf4_linear(
     W holds projections of one input, each quantised on its own, rows one behind the other.
 
     Args:
-        x: `[M, in]` bfloat16, in a multiple of 64.
+        x: `[M, in]` bfloat16 or float16, in a multiple of 64; W is rounded to the same type.
         packed: `out·in / 2` bytes, high nibble first.
         absmax: `[out·in / 64]` uint8, or float32 scales that are not nested; then absmax2, code2 and offsets are None.
         absmax2: `[Σ ceil(rows_i·in / 64 / 256)]` float32, those of each part behind the last. code2: `[256]` float32.
         offsets: `[parts]` float32. part_rows: rows of each part, at most 3, their sum is out.
-        bias: `[out]`. out: a bfloat16 buffer `[M, out]` with unit stride along `out`.
+        bias: `[out]`. out: a buffer `[M, out]` of the same type with unit stride along `out`.
         config: of the kernel; default by M.
 
     Returns:
-        `[M, out]` bfloat16.
+        `[M, out]` in the type of x.
 
     Raises:
         ValueError: sizes or types that do not fit each other.
@@ -157,8 +158,8 @@ def _check(
     bias: torch.Tensor | None,
 ) -> None:
     rows, width = sum(part_rows), x.shape[1]
-    if x.dim() != 2 or x.dtype != torch.bfloat16:
-        raise ValueError(f"x {tuple(x.shape)} {x.dtype}: a bfloat16 matrix is needed")
+    if x.dim() != 2 or x.dtype not in DTYPES:
+        raise ValueError(f"x {tuple(x.shape)} {x.dtype}: a bfloat16 or float16 matrix is needed")
     if blocksize != _BLOCK or width % _BLOCK:
         raise ValueError(f"blocksize={blocksize}, {width} inputs: whole blocks of {_BLOCK} are needed")
     if blocksize2 < 1 or blocksize2 & (blocksize2 - 1):
@@ -232,7 +233,7 @@ def _multiply_triton(
         OUTER=blocksize2, BLOCK_N=config.block_n, BLOCK_M=config.block_m, UNROLL=config.unroll,
         EVEN=blocks % per_program == 0 and per_program % config.unroll == 0,
         NESTED=absmax2 is not None, BIAS=bias is not None and splits == 1, SHUFFLE=shuffle,
-        WIDE=not x.is_cuda,
+        HALF=x.dtype == torch.float16, WIDE=not x.is_cuda,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
     )  # fmt: skip
     if splits > 1:
@@ -278,9 +279,10 @@ if triton is not None:
         x, packed, absmax, absmax2, code2, offsets, levels, bias, out,
         count, rows, blocks, per_program, x_stride, out_stride, split_stride, row1, row2, outer1, outer2,
         OUTER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr,
-        NESTED: tl.constexpr, BIAS: tl.constexpr, SHUFFLE: tl.constexpr, WIDE: tl.constexpr,
+        NESTED: tl.constexpr, BIAS: tl.constexpr, SHUFFLE: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
         """`[BLOCK_N]` outputs of `[BLOCK_M]` rows of x over `per_program` blocks of 64 inputs."""
+        TYPE: tl.constexpr = tl.float16 if HALF else tl.bfloat16
         out_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         # Beyond the last row the last one is read again: loads without masks, results that nobody stores.
         row = tl.minimum(out_row, rows - 1)
@@ -312,10 +314,10 @@ if triton is not None:
                 else:
                     scale = inner
                 nibbles = pair.to(tl.int32)
-                high = (_level(nibbles >> 4, levels, mine, SHUFFLE) * scale[:, None]).to(tl.bfloat16)
-                low = (_level(nibbles, levels, mine, SHUFFLE) * scale[:, None]).to(tl.bfloat16)
-                even = both.to(tl.int16).to(tl.bfloat16, bitcast=True)
-                odd = (both >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+                high = (_level(nibbles >> 4, levels, mine, SHUFFLE) * scale[:, None]).to(TYPE)
+                low = (_level(nibbles, levels, mine, SHUFFLE) * scale[:, None]).to(TYPE)
+                even = both.to(tl.int16).to(TYPE, bitcast=True)
+                odd = (both >> 16).to(tl.int16).to(TYPE, bitcast=True)
                 if WIDE:  # for the interpreter, which takes bfloat16 for integers
                     sums = tl.dot(high.to(tl.float32), even.to(tl.float32), sums)
                     sums = tl.dot(low.to(tl.float32), odd.to(tl.float32), sums)
@@ -333,9 +335,10 @@ if triton is not None:
         x, packed, absmax, absmax2, code2, offsets, levels, bias, out,
         count, rows, blocks, per_program, x_stride, out_stride, split_stride, row1, row2, outer1, outer2,
         OUTER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr,
-        NESTED: tl.constexpr, BIAS: tl.constexpr, SHUFFLE: tl.constexpr, WIDE: tl.constexpr,
+        NESTED: tl.constexpr, BIAS: tl.constexpr, SHUFFLE: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
         """`[BLOCK_N]` outputs of one row of x a program: as `_gemm_kernel`, the products summed where they are made."""
+        TYPE: tl.constexpr = tl.float16 if HALF else tl.bfloat16
         out_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         row = tl.minimum(out_row, rows - 1)
         if NESTED:
@@ -365,10 +368,14 @@ if triton is not None:
             else:
                 scale = inner
             nibbles = pair.to(tl.int32)
-            high = (_level(nibbles >> 4, levels, mine, SHUFFLE) * scale[:, :, None]).to(tl.bfloat16).to(tl.float32)
-            low = (_level(nibbles, levels, mine, SHUFFLE) * scale[:, :, None]).to(tl.bfloat16).to(tl.float32)
-            even = (both << 16).to(tl.float32, bitcast=True)
-            odd = ((both >> 16) << 16).to(tl.float32, bitcast=True)
+            high = (_level(nibbles >> 4, levels, mine, SHUFFLE) * scale[:, :, None]).to(TYPE).to(tl.float32)
+            low = (_level(nibbles, levels, mine, SHUFFLE) * scale[:, :, None]).to(TYPE).to(tl.float32)
+            if HALF:
+                even = both.to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+                odd = (both >> 16).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+            else:  # the upper half of a float32
+                even = (both << 16).to(tl.float32, bitcast=True)
+                odd = ((both >> 16) << 16).to(tl.float32, bitcast=True)
             products = tl.fma(high, tl.broadcast_to(even[None, :, :], products.shape), products)
             products = tl.fma(low, tl.broadcast_to(odd[None, :, :], products.shape), products)
         sums = tl.sum(tl.sum(products, axis=2), axis=1)

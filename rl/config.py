@@ -103,6 +103,11 @@ class Config(Section):
             raise ValueError("data.dataset_name is missing: name a hub data set, a file or FILE.py:FUNCTION")
         if self.model.load_in_4bit and self.model.load_in_8bit:
             raise ValueError("model.load_in_4bit and model.load_in_8bit are both on: leave one of them on")
+        if self.model.dtype == "float16" and self.model.quantised_to == "int4":
+            raise ValueError(
+                "model.dtype is float16, and model.weight_format is int4, whose scales are bfloat16: use nf4, or "
+                "model.dtype=bfloat16"
+            )
         if self.uses_rollouts:
             self._check_rl()
         elif self.environment.enabled:

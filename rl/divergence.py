@@ -27,10 +27,13 @@ def divergence_error(
         fix = "start from an earlier checkpoint"
     elif "loss" in numbers:
         where = f"the loss is not finite either (not finite: {', '.join(numbers)})"
-        fix = "look at the completions in rollouts/ and at an own loss function; else lower optim.learning_rate"
+        fix = (
+            "look at the completions in rollouts/ and at an own loss function; else lower optim.learning_rate, or set "
+            "model.dtype=bfloat16 where it is float16, whose range some models leave"
+        )
     else:
         where = "the loss is finite, so the numbers left their range in the backward pass"
-        fix = "lower optim.learning_rate, or set model.dtype=float32"
+        fix = "lower optim.learning_rate, or set model.dtype=float32 (bfloat16 where it is float16)"
     return UserError(
         f"{count} updates in a row were skipped because their gradient was not finite",
         reason=f"{where}; the adapter is as it was before them, in a checkpoint",

@@ -44,6 +44,7 @@ class LanguageModel:
         device, dtype: where and in what type it computes.
         head: how logits follow from hidden states (scale and soft-cap; temperature is set by the caller).
         max_length: longest sequence in tokens.
+        adapter: the parameters that learn, once attached (`rl.lora`).
         fused: layers with a hand-written backward pass that packs go through, once attached (`rl.fused_layer`).
         checkpoints: recomputation of the model's own layers, once attached (`rl.checkpoint_offload`).
         store: the weights, where the model is made of views of them (`rl.store`).
@@ -56,6 +57,7 @@ class LanguageModel:
     dtype: torch.dtype
     head: HeadOptions
     max_length: int
+    adapter: list[torch.nn.Parameter] = field(default_factory=list)
     fused: Any = None
     checkpoints: Any = None
     store: WeightStore | None = None
@@ -163,6 +165,11 @@ def load_model(config: ModelConfig, tokenizer: Any, *, shared: bool = False) -> 
     source = resolve_model(config.model_name_or_path)
     model = store = None
     notes: list[str] = []
+    if device.type == "cpu" and dtype.itemsize == 2:
+        notes.append(
+            f"model.dtype is {config.dtype}, which most CPUs emulate, ten times slower than float32: leave model.dtype "
+            "out here"
+        )
     if (shared or config.quantised_to) and not config.trust_remote_code:
         try:
             store = WeightStore.open(
@@ -306,7 +313,7 @@ def _dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     if config.dtype == "auto":
         # bfloat16 matrix products are emulated on most CPUs, a hundred times slower than float32.
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
 
 
 def _nf4(dtype: torch.dtype) -> Any:

@@ -26,7 +26,7 @@ _CAUSES = (
     "other weights, or a stale adapter: an update that did not reach the engine, a prefix cache from before it",
     "another temperature, top-p or top-k, or log-probs taken before them",
     "another chat template or other token ids, so that the two do not read the same text",
-    "precision: an fp8 KV cache, 4-bit kernels, bfloat16 beside float32",
+    "precision: an fp8 KV cache, 4-bit kernels, bfloat16 beside float32 (model.dtype=float16 rounds finer)",
     "a defect of ours: please report it with these numbers",
 )
 # Temperatures that a mistaken engine may have used, beside no change at all.
@@ -171,6 +171,7 @@ _BY_TYPE = {
     torch.float32: Limits(0.001, 0.01, 0.99),
     torch.float64: Limits(0.001, 0.01, 0.99),
     torch.bfloat16: Limits(0.05, 0.5, 0.8, slack=5),
+    torch.float16: Limits(0.01, 0.1, 0.95, slack=5),
 }
 
 

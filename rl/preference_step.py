@@ -20,7 +20,7 @@ from tandem.rl.preference_loss import (
     preference_loss,
 )
 from tandem.rl.samples import Sequence
-from tandem.rl.step import pack_log_probs, sequence_log_probs, training_mode
+from tandem.rl.step import add_gradients, pack_log_probs, sequence_log_probs, training_mode
 
 
 @dataclass
@@ -79,7 +79,7 @@ def preference_backward(
         for one in pack(share(answers.sequences, answers.unit), max_tokens):
             log_probs, entropy, *_ = pack_log_probs(lm, one, head)
             value = preference_loss(loss_type, batch.tokens(one, log_probs.detach()), options)
-            log_probs.backward(value.grad.to(log_probs.dtype))
+            add_gradients(lm, [(log_probs, value.grad)])
             _log(meter, value)
             meter.add("entropy", entropy.detach())
 

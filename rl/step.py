@@ -12,6 +12,7 @@ import torch
 
 from tandem.kernels.linear_logprob import HeadOptions, TokenScores, linear_logprob
 from tandem.kernels.pack_layout import Family, PackLayout
+from tandem.rl import loss_scale
 from tandem.rl.config import AlgorithmConfig
 from tandem.rl.metrics import How, Meter
 from tandem.rl.model import LanguageModel
@@ -122,6 +123,11 @@ def log_probs_of_heads(
     return found
 
 
+def add_gradients(lm: LanguageModel, roots: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+    """Add to the adapter's `.grad` what follows from the loss's gradients by `roots`, a pack's values by token."""
+    loss_scale.backward(roots, lm.adapter, lm.dtype)
+
+
 def policy_backward(
     lm: LanguageModel,
     packs: list[Pack],
@@ -157,9 +163,7 @@ def policy_backward(
                 entropy_tokens=entropy_tokens,
             )
             value = objective(tokens, algorithm)
-            grads = [(log_probs, value.grad), (entropy, value.entropy_grad)]
-            roots = [(output, grad.to(output.dtype)) for output, grad in grads if grad is not None]
-            torch.autograd.backward([r[0] for r in roots], [r[1] for r in roots])
+            add_gradients(lm, [(log_probs, value.grad), (entropy, value.entropy_grad)])
             _log_correction(metrics, meter)
             meter.add("loss", value.loss, how="sum")
             meter.add("entropy", entropy.detach())
@@ -191,7 +195,7 @@ def supervised_backward(
                 loss = loss + label_smoothing * (lse - mean_logit)
             if z_loss:
                 loss = loss + z_loss * lse**2
-            (loss.sum() / total).backward()
+            add_gradients(lm, [(loss, torch.full_like(loss, 1 / total))])
             meter.add("loss", loss.detach())
             meter.add("entropy", entropy.detach())
 

@@ -78,7 +78,7 @@ INSTEAD: dict[str, str] = {
     # The optimiser, memory, numbers.
     "warmup_ratio": "`optim.warmup_steps`",
     "bf16": "`model.dtype: bfloat16`, the default on a GPU",
-    "fp16": f"{_NONE}; `model.dtype: bfloat16`, the default on a GPU",
+    "fp16": "`model.dtype: float16`",
     "gradient_checkpointing_kwargs": f"{_NOT_NEEDED}: see `train.offload_activations`",
     "use_gradient_checkpointing": "`train.gradient_checkpointing` and `train.offload_activations`, chosen on a GPU",
     "activation_offloading": "`train.offload_activations`",

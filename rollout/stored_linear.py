@@ -14,11 +14,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from tandem.kernels import fp8_gemm
+from tandem.kernels import fp8_gemm, nf4_gemm
 from tandem.kernels.fp8 import dequantize_fp8
 from tandem.kernels.int4_marlin import MarlinScratch, int4_linear
 from tandem.kernels.nf4 import write_nf4_stack
-from tandem.kernels.nf4_gemm import BEST_UP_TO_ROWS, nf4_linear
 
 BLOCK, OUTER_BLOCK = 64, 256
 # Products as vLLM has them for bitsandbytes: always of the dequantised weight, and one for each part. Only to be
@@ -60,9 +59,10 @@ def stored_linear(
         part_rows: outputs of each part, in order; each part was quantised on its own.
     """
     rows = x.reshape(-1, x.shape[-1])
-    few = rows.is_cuda and 0 < rows.shape[0] <= BEST_UP_TO_ROWS
+    few = rows.is_cuda and 0 < rows.shape[0] <= nf4_gemm.BEST_UP_TO_ROWS
     if few and _is_fused(rows) and not as_bitsandbytes:
-        out = nf4_linear(rows, packed, absmax, absmax2, code2, offsets, tuple(part_rows), BLOCK, OUTER_BLOCK, bias=bias)
+        scales = absmax, absmax2, code2, offsets
+        out = nf4_gemm.nf4_linear(rows, packed, *scales, tuple(part_rows), BLOCK, OUTER_BLOCK, bias=bias)
     else:
         weight = _scratch_matrix(sum(part_rows), x.shape[-1], x)
         write_nf4_stack(weight, packed, (absmax, absmax2, code2, offsets), part_rows, BLOCK, OUTER_BLOCK)
@@ -75,8 +75,8 @@ def stored_linear(
 
 
 def _is_fused(rows: torch.Tensor) -> bool:
-    """The fused kernel knows one type, and rows of whole blocks."""
-    return rows.dtype == torch.bfloat16 and rows.shape[1] % BLOCK == 0
+    """The fused kernel knows two types, and rows of whole blocks."""
+    return rows.dtype in nf4_gemm.DTYPES and rows.shape[1] % BLOCK == 0
 
 
 def stored_fp8_linear(
@@ -84,7 +84,7 @@ def stored_fp8_linear(
 ) -> torch.Tensor:
     """`x [..., in]` on FP8 weights `[out, in]` with a scale per output (`kernels/fp8.py`)."""
     rows = x.reshape(-1, x.shape[-1])
-    if rows.is_cuda and 0 < rows.shape[0] <= fp8_gemm.BEST_UP_TO_ROWS and rows.dtype == torch.bfloat16:
+    if rows.is_cuda and 0 < rows.shape[0] <= fp8_gemm.BEST_UP_TO_ROWS and rows.dtype in fp8_gemm.DTYPES:
         out = fp8_gemm.fp8_linear(rows, packed, scales, bias)
     else:
         weight = _scratch_matrix(packed.shape[0], packed.shape[1], x)

@@ -227,6 +227,10 @@ def test_all_keys_lists_every_field_once() -> None:
         ({"algorithm": {"name": "dpo", "beta": 0.2}}, ["algorithm.beta is 0.2", "preference.beta"]),
         ({"model": "some/model"}, ["model", "'some/model'"]),
         ({"model": {"load_in_4bit": True, "load_in_8bit": True}}, ["load_in_4bit and model.load_in_8bit are both on"]),
+        (
+            {"model": {"dtype": "float16", "load_in_4bit": True, "weight_format": "int4"}},
+            ["model.dtype is float16", "model.weight_format is int4", "nf4"],
+        ),
         ({"log": {"report_to": ["wandb", "tensorboard"]}}, ["log.report_to.1", "'tensorboard'"]),
     ],
 )

@@ -14,7 +14,7 @@ import torch
 from interpreted_run import outcomes_interpreted
 
 from tandem.kernels.fp8 import dequantize_fp8, quantize_fp8
-from tandem.kernels.fp8_gemm import Config, fp8_linear
+from tandem.kernels.fp8_gemm import DTYPES, Config, fp8_linear
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPL = "triton" if INTERPRETED else "torch"
@@ -75,20 +75,22 @@ def test_rows_that_lie_apart_are_written(dtype: torch.dtype, impl: str) -> None:
 @pytest.mark.parametrize("count", [1, 5, 16, 33, 70])
 @pytest.mark.parametrize(("outputs", "width"), [(96, 256), (100, 200)])
 @pytest.mark.parametrize("splits", [1, 3, None])
+@pytest.mark.parametrize("dtype", DTYPES)
 @modes
-def test_products(count: int, outputs: int, width: int, splits: int | None, impl: str) -> None:
+def test_products(dtype: torch.dtype, count: int, outputs: int, width: int, splits: int | None, impl: str) -> None:
     packed, scales = quantize_fp8(weights(outputs, width, seed=2))
-    x = torch.randn(count, width, generator=torch.Generator().manual_seed(3)).bfloat16()
-    bias = torch.randn(outputs, generator=torch.Generator().manual_seed(4)).bfloat16()
+    x = torch.randn(count, width, generator=torch.Generator().manual_seed(3)).to(dtype)
+    bias = torch.randn(outputs, generator=torch.Generator().manual_seed(4)).to(dtype)
     exact = x.double() @ dequantize_fp8(packed, scales, impl="torch").double().t()
     size = x.double().abs() @ dequantize_fp8(packed, scales, impl="torch").double().abs().t()
     config = Config(block_n=32, block_m=16, block_k=64, splits=splits)
     for given in (None, bias):
         expected = exact if given is None else exact + given.double()
         found = fp8_linear(x, packed, scales, given, config=config, impl=impl)
-        assert found.dtype == torch.bfloat16
-        # Sums in float32, rounded once to bfloat16, or cut off.
-        bound = expected.abs() * (2**-7 if INTERPRETED else 2**-8) + size * 2**-20
+        assert found.dtype == dtype
+        # Sums in float32, rounded once, or cut off.
+        half = torch.finfo(dtype).eps * expected.abs().clamp(min=torch.finfo(dtype).tiny) / 2
+        bound = half * (2 if INTERPRETED else 1) + size * 2**-20
         assert bool(((found.double() - expected).abs() <= bound).all())
 
 

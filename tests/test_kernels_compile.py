@@ -33,7 +33,7 @@ from tandem.kernels.row_copy import copy_rows
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
-BYTE, FLOAT, BRAIN = torch.uint8, torch.float32, torch.bfloat16
+BYTE, FLOAT, BRAIN, HALF = torch.uint8, torch.float32, torch.bfloat16, torch.float16
 # Everything is compiled for one of the small cards; for the others every kernel, with what takes most shared memory.
 ALL_OF = 89
 Case = Callable[[], object]
@@ -66,6 +66,7 @@ def launches() -> list[tuple[str, Case, bool]]:
     for rows in (1, 16, 32, 64, 65, 256):  # each takes other settings, or another type of its sums
         add("nf4_product", nf4_product, rows, 4096, often=rows in (1, 64, 65))
         add("nf4_product", nf4_product, rows, 576, parts=3, bias=True, often=False)
+        add("nf4_product", nf4_product, rows, 4096, dtype=HALF, often=rows in (1, 64))
     for rows in (1, 64, 256):
         add("nf4_product", nf4_product, rows, 5120, nested=False, often=False)
     for rows, stages in ((1, 1), (16, 3), (64, 1)):  # as on other makers' cards
@@ -73,6 +74,10 @@ def launches() -> list[tuple[str, Case, bool]]:
     for rows in (1, 32, 64, 256):
         add("fp8_product", fp8_product, rows, 4096, often=rows == 64)
     add("fp8_product", fp8_product, 64, 576, bias=True, often=False)
+    add("fp8_product", fp8_product, 32, 4096, dtype=HALF, often=False)
+    add("norm", norm, 4096, HALF, 0.0, often=False)
+    add("nf4", nf4, True, HALF, False, often=False)
+    add("scores", scores, 151_936, None, HALF, often=False)
     add("scores", scores, 49_152, None, FLOAT, often=False)
     add("scores", scores, 151_936, None, BRAIN, often=False)
     add("scores", scores, 151_936, 30.0, BRAIN)
@@ -137,7 +142,13 @@ def nf4(nested: bool, dtype: torch.dtype, apart: bool, blocksize: int = 64) -> N
 
 
 def nf4_product(
-    count: int, width: int, nested: bool = True, parts: int = 1, bias: bool = False, config: Config | None = None
+    count: int,
+    width: int,
+    nested: bool = True,
+    parts: int = 1,
+    bias: bool = False,
+    config: Config | None = None,
+    dtype: torch.dtype = BRAIN,
 ) -> None:
     part_rows = (width,) * parts
     rows, blocks = sum(part_rows), width // 64
@@ -147,8 +158,8 @@ def nf4_product(
         inner = empty(rows * blocks, dtype=BYTE)
         scales = (inner, outer, empty(256, dtype=FLOAT), empty(parts, dtype=FLOAT))
     packed = empty(rows * width // 2, dtype=BYTE)
-    added = empty(rows) if bias else None
-    nf4_linear(empty(count, width), packed, *scales, part_rows, bias=added, config=config, impl="triton")
+    added = empty(rows, dtype=dtype) if bias else None
+    nf4_linear(empty(count, width, dtype=dtype), packed, *scales, part_rows, bias=added, config=config, impl="triton")
 
 
 def int4(dtype: torch.dtype) -> None:
@@ -160,9 +171,9 @@ def fp8(dtype: torch.dtype) -> None:
     dequantize_fp8(empty(64, 5120, dtype=BYTE), empty(64, dtype=FLOAT), empty(64, 5120, dtype=dtype), impl="triton")
 
 
-def fp8_product(count: int, width: int, bias: bool = False) -> None:
+def fp8_product(count: int, width: int, bias: bool = False, dtype: torch.dtype = BRAIN) -> None:
     packed, scales = empty(width, width, dtype=BYTE), empty(width, dtype=FLOAT)
-    fp8_linear(empty(count, width), packed, scales, empty(width) if bias else None, impl="triton")
+    fp8_linear(empty(count, width, dtype=dtype), packed, scales, empty(width) if bias else None, impl="triton")
 
 
 def scores(vocabulary: int, softcap: float | None, dtype: torch.dtype) -> None:

@@ -229,3 +229,15 @@ def test_schedules_and_clipping():
 def test_8bit_optimisers_say_that_they_need_a_gpu():
     with pytest.raises(UserError, match="needs a GPU"):
         make_optimizer([("w", torch.nn.Parameter(torch.ones(2)))], OptimConfig(optim="adamw_8bit"))
+
+
+def test_float16_learns_what_float32_learns_and_is_called_slow_on_a_cpu(folder):
+    moved = {}
+    for dtype in ("float32", "float16"):
+        lm = load(folder, dtype=dtype)
+        assert [dtype in note and "emulate" in note for note in lm.notes] == [True] * (dtype == "float16")
+        before = [p.detach().clone() for _, p in trainable(lm)]
+        train(lm, torch.optim.SGD([p for _, p in trainable(lm)]), 3)
+        moved[dtype] = torch.cat([(p - b).flatten() for (_, p), b in zip(trainable(lm), before, strict=True)])
+    off = (moved["float16"] - moved["float32"]).norm() / moved["float32"].norm()
+    assert 0 < off < 0.02

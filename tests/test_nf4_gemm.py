@@ -14,7 +14,7 @@ import pytest
 import torch
 from interpreted_run import outcomes_interpreted
 
-from tandem.kernels.nf4_gemm import _split, default_config, nf4_linear
+from tandem.kernels.nf4_gemm import DTYPES, _split, default_config, nf4_linear
 from tandem.kernels.reference import NF4_LEVELS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -23,8 +23,10 @@ modes = pytest.mark.parametrize("impl", [pytest.param(IMPL, id="interpreted" if 
 OUTER = 32
 
 
-def weight(part_rows: tuple[int, ...], width: int, *, nested: bool = True) -> tuple[list, torch.Tensor]:
-    """Arguments of `nf4_linear` from packed to offsets, and the weight `[out, in]` in float64, rounded to bfloat16."""
+def weight(
+    part_rows: tuple[int, ...], width: int, *, nested: bool = True, dtype: torch.dtype = torch.bfloat16
+) -> tuple[list, torch.Tensor]:
+    """Arguments of `nf4_linear` from packed to offsets, and the weight `[out, in]` in float64, rounded to `dtype`."""
     torch.manual_seed(len(part_rows) * 1000 + width)
     rows, blocks = sum(part_rows), width // 64
     packed = torch.randint(0, 256, (rows * width // 2, 1), dtype=torch.uint8)
@@ -47,34 +49,36 @@ def weight(part_rows: tuple[int, ...], width: int, *, nested: bool = True) -> tu
         scales = torch.stack(pieces).view(rows, blocks)
         arguments = [packed, inner, torch.cat(outer), code2, offsets]
     values = levels * scales.repeat_interleave(64, dim=1)
-    return arguments, values.bfloat16().double()
+    return arguments, values.to(dtype).double()
 
 
 def close(got: torch.Tensor, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     """Within one rounding of the result, and in the interpreter within a last place of every weight."""
     exact = x.double() @ w.t() + (0 if bias is None else bias.double())
-    allowed = exact.abs() * 2**-8 + 1e-5
+    rounding = torch.finfo(x.dtype).eps / 2
+    allowed = exact.abs() * rounding + 1e-5
     if INTERPRETED:
-        allowed = allowed + x.double().abs() @ w.abs().t() * 2**-7
+        allowed = allowed + x.double().abs() @ w.abs().t() * 2 * rounding
     return bool(((got.double() - exact).abs() <= allowed).all())
 
 
-def numbers(rows: int, width: int) -> torch.Tensor:
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).bfloat16()
+def numbers(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
 
 
 @modes
 @pytest.mark.parametrize("splits", [1, 2] if INTERPRETED else [1, 2, 5])
 @pytest.mark.parametrize("part_rows", [(96,), (65, 31), (70, 9, 20)], ids=str)
 @pytest.mark.parametrize("rows", [1, 18])
-def test_products_of_stacked_parts(impl, rows, part_rows, splits):
-    arguments, w = weight(part_rows, 192)
-    bias = torch.randn(sum(part_rows)).bfloat16()
-    x = numbers(rows, 192)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_of_stacked_parts(impl, dtype, rows, part_rows, splits):
+    arguments, w = weight(part_rows, 192, dtype=dtype)
+    bias = torch.randn(sum(part_rows)).to(dtype)
+    x = numbers(rows, 192, dtype)
     config = replace(default_config(rows), splits=splits)
     for b in (None, bias):
         got = nf4_linear(x, *arguments, part_rows, 64, OUTER, b, config=config, impl=impl)
-        assert got.dtype == torch.bfloat16
+        assert got.dtype == dtype
         assert close(got, x, w, b)
 
 
@@ -144,7 +148,7 @@ def test_what_does_not_fit_is_refused():
         return nf4_linear(x, *given.values(), parts, blocksize, OUTER, bias, out)
 
     call()
-    with pytest.raises(ValueError, match="bfloat16 matrix"):
+    with pytest.raises(ValueError, match="bfloat16 or float16 matrix"):
         call(x=x.float())
     with pytest.raises(ValueError, match="96 inputs"):
         call(x=x[:, :96])
@@ -184,4 +188,4 @@ def test_splits_cover_all_blocks_once():
 @pytest.mark.skipif(INTERPRETED, reason="this is the other process")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_the_triton_code_in_a_fresh_process():
-    assert outcomes_interpreted(__file__) == {"passed": 22}
+    assert outcomes_interpreted(__file__) == {"passed": 34}

@@ -66,11 +66,14 @@ class Nf4:
     def linear(self, x: torch.Tensor, **named: Any) -> torch.Tensor:
         return nf4_linear(x, *self.arguments, self.part_rows, **named)
 
-    def dequantized(self) -> torch.Tensor:
+    def dequantized(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        parts = zip(self.pieces, self.states, strict=True)
-        return torch.cat([dequantize_4bit(piece, state) for piece, state in parts])
+        parts = []
+        for piece, state in zip(self.pieces, self.states, strict=True):
+            state.dtype = dtype
+            parts.append(dequantize_4bit(piece, state))
+        return torch.cat(parts)
 
 
 def nf4(part_rows: tuple[int, ...], width: int, seed: int = 0) -> Nf4:
@@ -93,8 +96,8 @@ def nf4(part_rows: tuple[int, ...], width: int, seed: int = 0) -> Nf4:
     return Nf4(arguments, states, pieces, part_rows)
 
 
-def numbers(rows: int, width: int) -> torch.Tensor:
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).bfloat16().cuda()
+def numbers(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype).cuda()
 
 
 def poisoned(rows: int, width: int) -> torch.Tensor:
@@ -104,7 +107,7 @@ def poisoned(rows: int, width: int) -> torch.Tensor:
 def excess(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | float = 0.0) -> float:
     """Largest error as a part of what one rounding and float32 sums may make of it; at most 1."""
     exact = x.float() @ weight.float().t() + bias
-    allowed = exact.abs() * 2**-8 + 1e-5 * (x.float().abs() @ weight.float().abs().t())
+    allowed = exact.abs() * torch.finfo(x.dtype).eps / 2 + 1e-5 * (x.float().abs() @ weight.float().abs().t())
     return float(((got.float() - exact).abs() / allowed).nan_to_num(nan=torch.inf).max())
 
 
@@ -124,6 +127,21 @@ def test_nf4_products(name, lookup):
         found[rows] = excess(got, x, dense), torch.equal(got, again)
     print(f"nf4 {name} {lookup}: " + ", ".join(f"M={rows} {error:.2f}" for rows, (error, _) in found.items()))
     assert all(error <= 1 and same for error, same in found.values()), found
+
+
+@pytest.mark.parametrize("name", [*SHAPES, *SMALL])
+def test_products_in_float16(name):
+    part_rows, width = (SHAPES | SMALL)[name]
+    weight = nf4(part_rows, width)
+    dense = weight.dequantized(torch.float16)
+    packed, scales = quantize_fp8(dense.bfloat16())
+    eight = dequantize_fp8(packed, scales, torch.empty_like(dense))
+    found = {}
+    for rows in (1, 3, 16, 17, 32, 64, 128):
+        x = numbers(rows, width, torch.float16)
+        found[rows] = excess(weight.linear(x), x, dense), excess(fp8_linear(x, packed, scales), x, eight)
+    print(f"float16 {name}: " + ", ".join(f"M={rows} {a:.2f} {b:.2f}" for rows, (a, b) in found.items()))
+    assert all(max(errors) <= 1 for errors in found.values()), found
 
 
 @pytest.mark.parametrize("name", [*SHAPES, *SMALL])

