@@ -311,8 +311,9 @@ def _device(config: ModelConfig) -> torch.device:
 
 def _dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     if config.dtype == "auto":
-        # bfloat16 matrix products are emulated on most CPUs, a hundred times slower than float32.
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        if device.type != "cuda":
+            return torch.float32  # the others are emulated on most CPUs
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
 
 

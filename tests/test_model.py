@@ -14,7 +14,7 @@ from tandem.rl.config import AlgorithmConfig, LoraConfig, ModelConfig, OptimConf
 from tandem.rl.errors import UserError
 from tandem.rl.lora import attach_lora, load_adapter, save_adapter, trainable
 from tandem.rl.metrics import Meter
-from tandem.rl.model import LanguageModel, _check_head, load_model
+from tandem.rl.model import LanguageModel, _check_head, _dtype, load_model
 from tandem.rl.optim import apply_gradients, learning_rate, make_optimizer
 from tandem.rl.packing import pack
 from tandem.rl.samples import Sequence
@@ -241,3 +241,10 @@ def test_float16_learns_what_float32_learns_and_is_called_slow_on_a_cpu(folder):
         moved[dtype] = torch.cat([(p - b).flatten() for (_, p), b in zip(trainable(lm), before, strict=True)])
     off = (moved["float16"] - moved["float32"]).norm() / moved["float32"].norm()
     assert 0 < off < 0.02
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_cards_without_bfloat16_compute_in_float16(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert _dtype(ModelConfig(model_name_or_path="any"), torch.device("cuda", 0)) == dtype
+    assert _dtype(ModelConfig(model_name_or_path="any"), torch.device("cpu")) == torch.float32
