@@ -62,9 +62,9 @@ class ModelConfig(Section):
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of weights and activations; auto: bfloat16 on a GPU (float16 before Ampere), float32 on a CPU. float16 rounds
-    eight times finer than bfloat16, so that engine and trainer agree better; numbers end at 65,504, which some models
-    exceed."""
+    """Type of weights and activations; auto: bfloat16 on a GPU (float16 before Ampere), float32 on a CPU. float16
+    rounds eight times finer than bfloat16, so that engine and trainer agree better; numbers end at 65,504, which some
+    models exceed."""
     load_in_4bit: bool = False
     """Quantise the linear layers to 4 bits (QLoRA); made once and kept in Tandem's cache folder."""
     weight_format: Literal["nf4", "int4"] = "nf4"
