@@ -26,8 +26,6 @@ from tandem.rl.report_plots import (
     visible,
 )
 
-_TEMPLATES = Path(__file__).parent / "templates"
-
 # Journals of long runs are large. More files than this are thinned out evenly, and the report says so.
 _MAX_ROLLOUT_FILES = 200
 _NUM_SHOWN = 5
@@ -304,7 +302,7 @@ def _render(**values: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=lambda value: visible(value) if type(value) is str else value,  # Markup, a subclass, is our own HTML

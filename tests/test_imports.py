@@ -71,7 +71,7 @@ SANDBOXED = {"code_solution", "sandbox_child", "sandbox_interpreter"}
 
 
 def sources() -> list[Path]:
-    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if "templates" not in path.parts)
+    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 def module_name(path: Path) -> str:

@@ -125,7 +125,7 @@ def differences(before: Snapshot) -> list[str]:
 
 def import_everything() -> list[str]:
     """Import every module of ours."""
-    paths = sorted(p for f in FOLDERS for p in (ROOT / f).rglob("*.py") if "templates" not in p.parts)
+    paths = sorted(p for f in FOLDERS for p in (ROOT / f).rglob("*.py"))
     names = [".".join(("tandem", *p.relative_to(ROOT).with_suffix("").parts)) for p in paths]
     names = [name.removesuffix(".__init__") for name in names]
     return [name for name in names if name.rpartition(".")[2] not in SANDBOXED and imports(name)]

@@ -49,7 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def shipped_files(folder: Path) -> set[str]:
-    """What a folder should ship, named as in the wheel: its modules, the type marker and the templates."""
+    """What a folder should ship, named as in the wheel: its modules, the type marker and the report's template."""
     files = [p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     return {f"tandem/{p.relative_to(ROOT).as_posix()}" for p in files}
 
@@ -60,9 +60,8 @@ def shipped_files(folder: Path) -> set[str]:
 def test_declared_packages_are_the_folders(project: dict[str, Any]) -> None:
     """Every folder with Python code in it is declared, at its place under `tandem`, and nothing else is."""
     folders = {p.parent.relative_to(ROOT) for f in FOLDERS for p in (ROOT / f).rglob("*.py")} | set(map(Path, FOLDERS))
-    code = {folder for folder in folders if "templates" not in folder.parts}
     setuptools = project["tool"]["setuptools"]
-    assert set(setuptools["packages"]) == {".".join(("tandem", *folder.parts)) for folder in code}
+    assert set(setuptools["packages"]) == {".".join(("tandem", *folder.parts)) for folder in folders}
     assert len(set(setuptools["packages"])) == len(setuptools["packages"])
     assert setuptools["package-dir"] == {f"tandem.{folder}": folder for folder in FOLDERS}
     assert set(setuptools["package-data"]) >= {f"tandem.{folder}" for folder in FOLDERS}
@@ -82,8 +81,8 @@ def test_wheel_holds_every_file_of_a_package(wheel: zipfile.ZipFile, folder: str
     assert {name for name in wheel.namelist() if name.startswith(f"tandem/{folder}/")} == expected
 
 
-def test_wheel_ships_the_templates(wheel: zipfile.ZipFile) -> None:
-    assert [name for name in wheel.namelist() if name.startswith("tandem/rl/templates/")]
+def test_wheel_ships_the_reports_template(wheel: zipfile.ZipFile) -> None:
+    assert "tandem/rl/report.html" in wheel.namelist()
 
 
 def test_wheel_metadata(wheel: zipfile.ZipFile, project: dict[str, Any]) -> None:
