@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +152,10 @@ def evaluate_run(
     if run_dir:
         load_adapter(lm, checkpoint or _last_adapter(run_dir))
     step = read_state(checkpoint).step if checkpoint else 0
-    metrics, rows = evaluate(
-        engine, inputs.data.eval_prompts, inputs.judge, eval_sampling(config, stop), step, config.eval.score
-    )
+    with closing(engine):
+        metrics, rows = evaluate(
+            engine, inputs.data.eval_prompts, inputs.judge, eval_sampling(config, stop), step, config.eval.score
+        )
     # Without a checkpoint it is not known after which step this is, and other data are no evaluation of the run's own.
     if run_dir and checkpoint and own:
         write_rollouts(run_dir, step, rows, kind="eval")
@@ -177,9 +178,10 @@ def check(config: Config, *, num_prompts: int, console: Console) -> None:
     show_protections(inputs.judge.rewards, console)
     lm, engine, stop, config = open_model(config, inputs, console)
     prompts = inputs.data.prompts[:num_prompts]
-    started = time.perf_counter()
-    groups = engine.generate(prompts, training_sampling(config, stop, config.seed))
-    generated = time.perf_counter() - started
+    with closing(engine):
+        started = time.perf_counter()
+        groups = engine.generate(prompts, training_sampling(config, stop, config.seed))
+        generated = time.perf_counter() - started
     scores = inputs.judge(groups, 0)
     rows = with_advantages(scores.rows, config)
     if said := errors_in_words(rows, "these completions"):

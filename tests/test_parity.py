@@ -451,6 +451,8 @@ def test_groups_without_signal_leave_nothing_to_compare(place, tmp_path, monkeyp
 
 def test_check_shows_the_numbers_and_stops_at_a_fault(place, tmp_path, monkeypatch):
     config, out = grpo(place, tmp_path), io.StringIO()
+    closed = []
+    monkeypatch.setattr(Engine, "close", lambda self: closed.append(self))
     monkeypatch.setattr(open_model, "open_engine", lambda wanted, lm, **_: Engine(lm, sound))
     commands.check(config, num_prompts=2, console=Console(out, io.StringIO(), live=False, width=200))
     assert "trainer against rollout log-probs" in out.getvalue()
@@ -458,3 +460,4 @@ def test_check_shows_the_numbers_and_stops_at_a_fault(place, tmp_path, monkeypat
     monkeypatch.setattr(open_model, "open_engine", lambda wanted, lm, **_: Engine(lm, hot))
     with pytest.raises(UserError, match=r"at temperature 0\.7 the two agree"):
         commands.check(config, num_prompts=2, console=Console(out, io.StringIO(), live=False, width=200))
+    assert len(closed) == 2, "what an engine holds of the card is given back"
