@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The GPU benchmarks one after the other, so that each has the card to itself.
 #
-#   benchmarks/run_all.sh OUT SMOLLM2 [part ...]        parts: graphs profile pinned learning long24 long80 peaks
-#                                                       rollout apart steps run200 (all of them without a name, in this order)
+#   benchmarks/run_all.sh OUT SMOLLM2 [part ...]        parts: graphs float16 profile pinned learning learning16 long24
+#                                                       long80 peaks rollout apart steps run200 (all of them without a
+#                                                       name, in this order)
 #
 # OUT gets the results, a log of each part and `timeline`, a line for every part that has ended: seconds since the start,
 # the part and its exit status. SMOLLM2 is the folder of SmolLM2-135M-Instruct. Checkpoints of other shapes are random
@@ -30,14 +31,23 @@ large_checkpoint() {
     part checkpoint 300 "$python" benchmarks/random_checkpoint.py qwen3-8b "$large" --dtype bf16 --context 266240
 }
 
-long() { # GIB LENGTH
+long() { # GIB LENGTH CACHE
     large_checkpoint
     # Graphs, since thousands of tokens are sampled one after the other, but of vLLM's own kernels, which starts sooner.
     part "long$1" 590 "$python" benchmarks/grpo_step.py --model "$large" --cap "$1" --longest "$2" --timeout 580 \
-        --set rollout.kv_cache_dtype=fp8 rollout.torch_compile=false train.worst_case_first=false --out "$out"
+        --set "rollout.kv_cache_dtype=$3" rollout.torch_compile=false train.worst_case_first=false \
+        parity.max_mean=1 parity.max_p99=3 --out "$out" # random weights are far apart, above all beside an fp8 cache
 }
 
-for name in "${@:-graphs profile pinned learning long24 long80 peaks rollout apart steps run200}"; do
+learning() { # NAME SYSTEMS [KEY=VALUE ...]
+    local name=$1 systems=$2
+    shift 2
+    # shellcheck disable=SC2086
+    part "$name" 800 "$python" benchmarks/learning_vs_trl.py --model "$small" --systems $systems --seeds 0 1 2 3 \
+        --eval-steps 20 --together --vllm-share 0.13 --timeout 780 --out "$out/$name" ${1:+--set "$@"}
+}
+
+for name in "${@:-graphs float16 profile pinned learning learning16 long24 long80 peaks rollout apart steps run200}"; do
     for one in $name; do
         case $one in
             graphs)
@@ -53,12 +63,15 @@ for name in "${@:-graphs profile pinned learning long24 long80 peaks rollout apa
                 done
                 ;;
             pinned) part pinned 120 "$python" benchmarks/pinned_memory.py --out "$out" ;;
-            learning)
-                part learning 560 "$python" benchmarks/learning_vs_trl.py --model "$small" --eval-steps 20 --together \
-                    --vllm-share 0.15 --timeout 550 --out "$out"
+            float16)
+                part float16-products 120 "$python" -m pytest -q -m gpu -s tests/test_quant_gemm_gpu.py -k float16
+                TANDEM_TEST_MODEL=$small part float16-engines 240 "$python" -m pytest -q -m gpu -s tests/test_vllm_gpu.py \
+                    -k f16
                 ;;
-            long24) long 24 131072 ;;
-            long80) long 80 262144 ;;
+            learning) learning learning "tandem trl" ;;
+            learning16) learning learning16 tandem model.dtype=float16 ;; # beside `learning`; TRL stays in bfloat16
+            long24) long 24 131072 fp8 ;;
+            long80) long 80 262144 auto ;;
             peaks) part peaks 300 "$python" benchmarks/plan_peaks.py --checkpoints "$checkpoints" --out "$out" ;;
             rollout)
                 large_checkpoint
