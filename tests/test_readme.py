@@ -51,6 +51,8 @@ def test_what_is_told_of_whole_steps_learning_peaks_and_rounding_are_those_of_th
         assert f"{theirs['seconds']:.1f} s: {theirs['seconds'] / ours['seconds']:.2f} times as long" in text
         if peer == "unsloth":
             assert f"{ours['parts']['generate']:.1f} of them in rollout" in text
+        else:
+            assert f"in {ours['seconds']:.0f} s, where TRL with vLLM takes {theirs['seconds']:.0f} s" in text
     newest = sorted((ROOT / "benchmarks" / "results").glob("learning-vs-trl-h*.json"))[-1]
     learning = json.loads(newest.read_text("utf-8"))
     ours, theirs = (
@@ -60,6 +62,8 @@ def test_what_is_told_of_whole_steps_learning_peaks_and_rounding_are_those_of_th
     assert [len(one["seeds"]) for one in (ours, theirs)] == [4, 4]
     assert f"takes Tandem {ours['seconds']:.1f} s for 40 steps and TRL {theirs['seconds']:.1f} s" in text
     assert f"{theirs['seconds_to_target'] / ours['seconds_to_target']:.1f} times as long" in text
+    assert 2.9 < theirs["seconds_to_target"] / ours["seconds_to_target"] < 3.3, "a third of TRL's time"
+    assert 0.8 < ours["samples_to_target"] / theirs["samples_to_target"] < 1.2, "after as many samples"
     assert f"after {ours['seconds_to_target']:.1f} and {theirs['seconds_to_target']:.1f} s of steps" in text
     early, all_of_it = (
         [
