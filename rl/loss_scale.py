@@ -29,12 +29,17 @@ def backward(
         roots: tensors of the pass with the loss's gradients by them, in float32 or float64; None: it has none.
         parameters: everything that has a gradient in the pass, in float32.
         dtype: that hidden states have.
+
+    Raises:
+        ValueError: there are no parameters, so that what is scaled could not be scaled back.
     """
     known = [(output, grad.to(output.dtype)) for output, grad in roots if grad is not None]
     outputs, grads = [output for output, _ in known], [grad for _, grad in known]
     if dtype != torch.float16:
         torch.autograd.backward(outputs, grads)
         return
+    if not parameters:
+        raise ValueError("no parameters that learn are known: attach the adapter with tandem.rl.lora.attach_lora")
     # It stays on the device: reading it would wait for the forward pass.
     scale = _scale(grads)
     _multiply(parameters, scale)

@@ -144,3 +144,11 @@ def test_other_types_are_not_scaled(dtype, monkeypatch):
     parameter = torch.nn.Parameter(torch.ones(2))
     loss_scale.backward([(parameter * 3, torch.ones(2)), (parameter * 1, None)], [parameter], dtype)
     assert parameter.grad.tolist() == [3.0, 3.0]
+
+
+def test_parameters_that_are_not_known_are_an_error():
+    hidden = torch.ones(2, dtype=torch.float16, requires_grad=True)
+    with pytest.raises(ValueError, match="attach_lora"):
+        loss_scale.backward([(hidden.float(), torch.ones(2))], [], torch.float16)
+    loss_scale.backward([(hidden.float(), torch.ones(2))], [], torch.bfloat16)
+    assert hidden.grad is not None
