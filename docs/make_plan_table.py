@@ -30,7 +30,7 @@ def table() -> str:
         for path in sorted(EXAMPLES.glob(f"*{ending}.yaml")):
             config = load_config(path)
             sizing = choose_sizes(read_shape(config.model), config, find_device(card, host_gib=host))
-            plan, free = sizing.plan, sizing.free
+            plan, roomiest = sizing.plan, sizing.roomiest
             rollout = plan.rollout()
             assert rollout is not None, f"{path.name} generates nothing"
             cells = [
@@ -42,7 +42,7 @@ def table() -> str:
                 f"{sum(plan.host.values()) / GIB:.1f}",
                 f"{plan.config.train.max_tokens:,}",
                 f"{min(plan.in_flight, plan.work.in_flight)} of {plan.work.in_flight}",
-                f"{free.longest:,} ({free.binding})",
+                f"{roomiest.longest:,} ({roomiest.binding})",
                 f"{sum(plan.seconds.values()):,.0f} ({plan.rollout_seconds:,.0f})",
             ]
             lines.append("| " + " | ".join(cells) + " |")

@@ -180,13 +180,13 @@ class FusedLayers:
         if alike is not None:
             h, position_ids, layout = alike.padded(h), alike.padded(position_ids), alike.layout
         rope = spec.rope(h, position_ids)
-        store, save = self._store_for(h, spec.num_layers, first)
+        store, save, left = self._store_for(h, spec.num_layers, first)
         groups = plan.groups_for(h.shape[0], first.kv_heads)
         self.layers_kept = 0
         if torch.is_grad_enabled():
             # PyTorch counts as free what only recordings can use.
             held = 0 if alike is not None or self._graphs is None else self._graphs.held
-            self.layers_kept = self._layers_to_keep(h, spec.num_layers, first, inputs, held)
+            self.layers_kept = self._layers_to_keep(h, spec.num_layers, first, inputs, held, left)
         make = partial(LayerRun, layout=layout, tile_rows=plan.tile_rows, groups=groups, keep_inputs=inputs, kept=kept)
         whole = save and store is self.near and self.layers_kept == spec.num_layers
         if layers is not None and alike is not None and whole:
@@ -222,11 +222,13 @@ class FusedLayers:
         allowed = self._recorder is not None or all(_recordable(layer, h) for layer in layers)
         return layers if allowed else None
 
-    def _store_for(self, h: torch.Tensor, num_layers: int, layer: Layer) -> tuple[Store, bool]:
-        """Where this pack's layers keep what they keep, and whether attention's output is a part of it."""
+    def _store_for(self, h: torch.Tensor, num_layers: int, layer: Layer) -> tuple[Store, bool, int]:
+        """Where this pack's layers keep what they keep, whether attention's output is a part of it, and how many bytes
+        of it stay on the device."""
         rows, width = h.shape
-        attended = layer.query_heads * (layer.head_dim * h.element_size() + 4)
-        everything = num_layers * rows * (width * h.element_size() + attended)
+        inputs = num_layers * rows * width * h.element_size()
+        attended = num_layers * rows * layer.query_heads * (layer.head_dim * h.element_size() + 4)
+        everything = inputs + attended
         on_host = goes_to_host(self.offload, everything, h.device)
         if on_host and self.host is None:
             self.host = HostStore(h.device)
@@ -235,15 +237,17 @@ class FusedLayers:
         save = self.plan.attention == "save"
         if self.plan.attention == "auto":
             save = fits(everything, None if on_host else h.device, already=self.host_bytes if on_host else 0)
-        return store, save
+        return store, save, 0 if on_host else inputs + (attended if save else 0)
 
-    def _layers_to_keep(self, h: torch.Tensor, num_layers: int, layer: Layer, inputs: bool, held: int) -> int:
+    def _layers_to_keep(
+        self, h: torch.Tensor, num_layers: int, layer: Layer, inputs: bool, held: int, left: int
+    ) -> int:
         if self.plan.projections != "auto":
             return num_layers if self.plan.projections == "save" else 0
         if h.device.type != "cuda":
             return 0
         each = h.shape[0] * _row_bytes(h, layer, inputs)
-        return layers_beside(free_on(h.device) - held, each, num_layers, h.numel() * h.element_size())
+        return layers_beside(free_on(h.device) - held, each, num_layers, h.numel() * h.element_size(), left)
 
 
 def _row_bytes(h: torch.Tensor, layer: Layer, inputs: bool) -> int:

@@ -47,14 +47,15 @@ def free_on(device: torch.device) -> int:
     return room if fraction >= 1 else min(room, int(total * fraction) - allocated)
 
 
-def layers_beside(free: int, each: int, layers: int, hidden: int) -> int:
+def layers_beside(free: int, each: int, layers: int, hidden: int, left: int) -> int:
     """How many of `layers` may keep `each` bytes on a device, from the last one on.
 
     Args:
         free: what tensors could take. hidden: bytes of a pack's hidden states, of which both passes have some at a
-            time, beside a layer's weights and a chunk of logits.
+            time, beside a layer's weights and a chunk of logits. left: bytes that all layers leave on the device for
+            the backward pass in any case; of many tokens they are more than the part of `free` that is never taken.
     """
-    room = SPARE_SHARE * free - WORKING_BYTES - WORKING_STATES * hidden
+    room = min(SPARE_SHARE * free, free - left) - WORKING_BYTES - WORKING_STATES * hidden
     return max(min(int(room // each), layers), 0)
 
 

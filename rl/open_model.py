@@ -126,7 +126,7 @@ def _sizing(
 def _tell(sizing: Sizing, console: Console) -> None:
     console.note(summary(sizing.plan))
     if not sizing.plan.fits():
-        console.warn(f"by the plan this run needs more than there is. {verdict(sizing.plan)}")
+        console.warn(f"by the plan this run needs more than there is. {verdict(sizing)}")
 
 
 def _wanted_engine(config: Config) -> str:

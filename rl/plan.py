@@ -190,7 +190,8 @@ class Ledger:
         each += input_bytes(self.setup, self.pack)
         shape = self.shape
         free = self.device.memory - sum(self.fixed.values()) - WORKSPACE
-        layers = layers_beside(free, each, shape.layers, self.pack * shape.hidden * self.setup.width)
+        hidden = self.pack * shape.hidden * self.setup.width
+        layers = layers_beside(free, each, shape.layers, hidden, self.peak_pack.left)
         return layers, layers * each
 
     @property
@@ -220,6 +221,8 @@ class Ledger:
             limits["KV cache"] = _longest(self._generates)
         wanted = self.config.model.max_length
         limits["the model's context"] = min(wanted or self.shape.max_length, self.shape.max_length)
+        if self.setup.vllm and (given := self.config.rollout.max_model_len):
+            limits["the engine's context"] = given
         return limits
 
     @property

@@ -12,6 +12,14 @@ from tandem.rl.plan_sizing import choose_sizes
 # Changes that shorten what is planned for, and those that cost quality.
 _SHORTER = ("rollout.max_completion_length", "model.max_length")
 _DEAR = (*_SHORTER, "lora.r", "model.load_in_4bit")
+# What a config may set that would else be chosen, or left to a run.
+_SIZES = {
+    "rollout": ("kv_cache_gib", "max_in_flight", "max_model_len"),
+    "train": ("max_tokens", "offload_activations", "mlp_tile_rows", "kv_head_groups", "attention_memory",
+              "projection_memory"),
+}  # fmt: skip
+# Several changes go no further than this: beyond it no run would be worth having.
+_LEAST_RANK, _LEAST_COMPLETION = 4, 1 / 8
 # Of use only where something does not fit: decoding without graphs is several times slower, which no estimate says.
 _FOR_ROOM = (*_SHORTER, "rollout.enforce_eager")
 
@@ -19,7 +27,7 @@ _FOR_ROOM = (*_SHORTER, "rollout.enforce_eager")
 @dataclass(frozen=True)
 class Change:
     """One change of the config, and what becomes of the plan with it: the longest that the card lets through, and all
-    else with sizes chosen where the config leaves them open."""
+    else with sizes chosen where the config leaves them open. `in_flight`: sequences that a step makes at once."""
 
     setting: str
     fits: bool
@@ -28,6 +36,12 @@ class Change:
     training: int
     rollout: int
     seconds: float
+
+    def helps(self, now: Change) -> bool:
+        """Whether any of its numbers is better than without it."""
+        gains = (self.fits, self.longest, self.in_flight, -self.training, -self.rollout, -self.seconds)
+        before = (now.fits, now.longest, now.in_flight, -now.training, -now.rollout, -now.seconds)
+        return any(a > b for a, b in zip(gains, before, strict=True))
 
 
 def candidates(plan: Ledger) -> list[tuple[str, dict[str, Any]]]:
@@ -76,22 +90,45 @@ def candidates(plan: Ledger) -> list[tuple[str, dict[str, Any]]]:
     return [(f"{s}.{k}={_written(v)}", {s: {k: v}}) for s, k, v in found]
 
 
+def openings(plan: Ledger) -> list[tuple[str, dict[str, Any]]]:
+    """Sizes that the config sets, left open again."""
+    found = []
+    for section, keys in _SIZES.items():
+        given = getattr(plan.config, section)
+        for key in keys if section == "train" or plan.work.generates else ():
+            usual = type(given).model_fields[key].default
+            if getattr(given, key) != usual:
+                found.append((f"{section}.{key}={_written(usual)}", {section: {key: usual}}))
+    return found
+
+
 def try_changes(plan: Ledger) -> list[Change]:
-    """Every single change, the one that buys most first: whether all fits (with sizes chosen where the config leaves
-    them open), then length, then sequences at once, then memory. What is only for room comes only where the plan does
-    not fit: a shorter completion is no gain in length, and decoding without graphs is slow."""
-    tried = [_tried(plan, name, changes) for name, changes in candidates(plan)]
-    fits = _sized(plan).fits()
-    kept = [one for one in tried if fits or one.fits or not _shortens(one.setting)]
+    """Every single change that betters something, the one that buys most first: whether all fits (with sizes chosen
+    where the config leaves them open), then length, then sequences at once, then time, then memory. What is only for
+    room comes only where the plan does not fit: a shorter completion is no gain in length, and decoding without graphs
+    is slow."""
+    now = as_it_is(plan)
+    tried = [_tried(plan, name, changes) for name, changes in (*openings(plan), *candidates(plan))]
+    kept = [one for one in tried if one.helps(now) and (now.fits or one.fits or not _shortens(one.setting))]
     return sorted(
-        (one for one in kept if not (fits and one.setting.startswith(_FOR_ROOM))),
-        key=lambda one: (not one.fits, -one.longest, -one.in_flight, one.training + one.rollout),
-    )
+        (one for one in kept if not (now.fits and one.setting.startswith(_FOR_ROOM))),
+        # A time is an estimate, of which a hundredth says nothing.
+        key=lambda one: (
+            not one.fits, -one.longest, -one.in_flight, float(f"{one.seconds:.2g}"), one.training + one.rollout
+        ),
+    )  # fmt: skip
 
 
-def smallest_change(plan: Ledger) -> list[str]:
+def smallest_change(plan: Ledger, given: Ledger | None = None) -> list[str]:
     """Settings that make a plan fit that does not: the first single change that does, in the order of what it costs, or
-    several, each halving something, until it fits. Empty where nothing helps."""
+    several, each halving something, until it fits. Empty where nothing helps.
+
+    Args:
+        given: the plan of the config before sizes were chosen. What it sets may be left open, which costs nothing.
+    """
+    for name, changes in openings(given) if given is not None else ():
+        if _tried(given, name, changes).fits:
+            return [name]
     for name, changes in candidates(plan):
         if plan.again(changed(plan.config, changes)).fits():
             return [name]
@@ -105,8 +142,16 @@ def smallest_change(plan: Ledger) -> list[str]:
 def _halved(plan: Ledger, *, dear: bool) -> list[str]:
     """Changes one after the other, each the one that helps most."""
     settings: dict[str, str] = {}
+    rank = min(_LEAST_RANK, plan.config.lora.r)
+    completion = plan.config.rollout.max_completion_length * _LEAST_COMPLETION
     while not plan.fits():
-        options = [one for one in candidates(plan) if dear or not one[0].startswith(_DEAR)]
+        options = [
+            (name, change)
+            for name, change in candidates(plan)
+            if (dear or not name.startswith(_DEAR))
+            and change.get("lora", {}).get("r", rank) >= rank
+            and change.get("rollout", {}).get("max_completion_length", completion) >= completion
+        ]
         after = [(name, plan.again(changed(plan.config, change))) for name, change in options]
         name, best = min(after, key=lambda one: _need(one[1]), default=("", plan))
         if _need(best) >= _need(plan):
@@ -123,23 +168,23 @@ def smallest_card(plan: Ledger) -> Device | None:
     return next((card for card in with_host if plan.again(device=card).fits()), None)
 
 
+def as_it_is(plan: Ledger) -> Change:
+    """The plan without a change, to be put beside those with one."""
+    return _tried(plan, "as it is", {})
+
+
 def _tried(plan: Ledger, name: str, changes: dict[str, dict[str, Any]]) -> Change:
-    after = plan.again(changed(plan.config, changes))
-    sized = _sized(after)
+    made = choose_sizes(plan.shape, changed(plan.config, changes), plan.device, longest=plan.known)
+    sized = made.plan
     return Change(
         setting=name,
         fits=sized.fits(),
-        longest=max(after.longest, sized.longest),
-        in_flight=sized.in_flight,
+        longest=made.roomiest.longest,
+        in_flight=min(sized.in_flight, sized.work.in_flight),
         training=sized.training().bytes,
         rollout=_bytes(sized.rollout()),
         seconds=sum(sized.seconds.values()),
     )
-
-
-def _sized(plan: Ledger) -> Ledger:
-    """With sizes that the config leaves open."""
-    return choose_sizes(plan.shape, plan.config, plan.device, longest=plan.known).plan
 
 
 def _need(plan: Ledger) -> float:
@@ -162,4 +207,4 @@ def _shortens(setting: str) -> bool:
 
 
 def _written(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

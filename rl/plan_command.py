@@ -10,7 +10,7 @@ from tandem.rl.config import Config
 from tandem.rl.console import Console
 from tandem.rl.errors import UserError
 from tandem.rl.plan import RESERVE, Ledger, Longest, changed
-from tandem.rl.plan_changes import Change, smallest_card, smallest_change, try_changes
+from tandem.rl.plan_changes import Change, as_it_is, smallest_card, smallest_change, try_changes
 from tandem.rl.plan_devices import GIB, Device, find_device, local_device
 from tandem.rl.plan_engine import engine_of_auto
 from tandem.rl.plan_shape import read_shape
@@ -74,18 +74,20 @@ def as_dict(sizing: Sizing) -> dict[str, Any]:
         "longest": roomiest.longest,
         "limits": roomiest.limits,
         "binding": roomiest.binding,
-        "in_flight": {"wanted": free.work.in_flight, "fits": free.in_flight} if free.work.generates else None,
+        "in_flight": {"wanted": free.work.in_flight, "at_once": _at_once(plan), "fits": free.in_flight}
+        if free.work.generates
+        else None,
         "seconds": plan.seconds,
         "generated": {"tokens": plan.work.generated, "seconds": plan.rollout_seconds} if plan.work.generates else None,
         "at_longest": None if longest is None else {"seconds": _total(longest), "generating": longest.rollout_seconds},
         "changes": [vars(change) for change in _changes(sizing)],
-        "smallest_change": [] if plan.fits() else smallest_change(plan),
+        "smallest_change": [] if plan.fits() else smallest_change(plan, free),
     }
 
 
 def show(sizing: Sizing, console: Console, *, engine: str = "") -> None:
     """The plan as tables, and in a sentence whether it fits and how long it takes. `engine`: why it is this one."""
-    plan, roomiest = sizing.plan, sizing.roomiest
+    plan = sizing.plan
     console.note(_subject(plan) + (f"\n{engine}" if engine else ""))
     console.table("Device memory, GiB", _memory_rows(plan), ("", "rollout", "training"))
     console.note(f"The peak of training is at: {plan.peak_pack.moment}, with a pack of {plan.pack:,} tokens.")
@@ -106,18 +108,9 @@ def show(sizing: Sizing, console: Console, *, engine: str = "") -> None:
     changes = _changes(sizing)
     if changes:
         header = ("", "fits", "longest", "at once", "peak, GiB", "seconds")
-        now = Change(
-            "as it is",
-            plan.fits(),
-            roomiest.longest,
-            plan.in_flight,
-            plan.training().bytes,
-            _rollout(plan),
-            _total(plan),
-        )
-        rows = [_change_row(change, plan) for change in (now, *changes[:_SHOWN_CHANGES])]
+        rows = [_change_row(change, plan) for change in (as_it_is(sizing.free), *changes[:_SHOWN_CHANGES])]
         console.table("What one change would buy", rows, header)
-    console.note(verdict(plan, roomiest.binding))
+    console.note(verdict(sizing))
 
 
 def size_rows(sizing: Sizing) -> list[tuple[str, str, str]]:
@@ -182,7 +175,7 @@ def _limit_rows(sizing: Sizing) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"sequences of {plan.work.length:,} at once",
-                f"{plan.in_flight:,} fit, {plan.work.in_flight:,} are wanted",
+                f"{_at_once(sizing.plan):,} of {plan.work.in_flight:,}; the whole card would hold {plan.in_flight:,}",
             )
         )
         rows.append(("KV cache of a token", f"{plan.kv_bytes_per_token / 1024:.0f} KiB"))
@@ -231,17 +224,17 @@ def summary(plan: Ledger) -> str:
     )
 
 
-def verdict(plan: Ledger, binding: str | None = None) -> str:
-    """Whether it fits, and if not, why, and what would help. `binding`: the card's first limit of length, where the
-    plan's own comes from sizes that were chosen for its batch."""
+def verdict(sizing: Sizing) -> str:
+    """Whether it fits, and if not, why, and what would help."""
+    plan = sizing.plan
     if plan.fits():
-        binding = binding or plan.binding
+        binding = sizing.roomiest.binding
         text = f"It fits. {binding[0].upper()}{binding[1:]} is the first limit of length. {_time(plan)}"
-        if plan.work.generates and plan.setup.vllm and plan.in_flight < plan.work.in_flight:
-            text += f" Only {plan.in_flight:,} sequences are made at once, so that others wait."
+        if plan.work.generates and (at_once := _at_once(plan)) < sizing.free.work.in_flight:
+            text += f" Only {at_once:,} of {sizing.free.work.in_flight:,} are made at once, so that others wait."
         return text
     reason = _reason(plan)
-    if settings := smallest_change(plan):
+    if settings := smallest_change(plan, sizing.free):
         return f"It does not fit: {reason}. The smallest change that makes it fit: {' '.join(settings)}"
     card = smallest_card(plan)
     bigger = f"; the smallest card that it fits as it is: {card.name}" if card else ""
@@ -273,6 +266,11 @@ def _reason(plan: Ledger) -> str:
     if device.host is not None and (need := sum(plan.host.values())) > device.host:
         return f"host memory of {_gib(need)} GiB is needed, of {device.host_gib:.1f}"
     return f"{plan.binding} lets {plan.longest:,} tokens through, and {plan.work.length:,} are planned for"
+
+
+def _at_once(plan: Ledger) -> int:
+    """Sequences that a step generates at once."""
+    return min(plan.in_flight, plan.work.in_flight)
 
 
 def _rollout(plan: Ledger) -> int:

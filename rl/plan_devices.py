@@ -94,10 +94,10 @@ def find_device(name: str, *, host_gib: float | None = None) -> Device:
         like = min(DEVICES.values(), key=lambda one: abs(one.memory_gib - gib))
         return replace(like, name=f"{gib:g} GiB, rates of the {like.name}", memory_gib=gib, host_gib=host_gib)
     # A card's memory is also written behind its name.
-    near = difflib.get_close_matches(key, DEVICES, n=4, cutoff=0.4) or list(DEVICES)
+    near = difflib.get_close_matches(key, DEVICES, n=4, cutoff=0.4)
     raise UserError(
         f"--gpu {name!r} is no card that is known here",
-        reason=f"the nearest names are {', '.join(near)}",
+        reason=f"the nearest names are {', '.join(near)}" if near else "",
         fix=f"use one of {', '.join(DEVICES)}, or give the card's memory in GiB, such as 24",
     )
 

@@ -31,13 +31,15 @@ class Pack:
 
     Attributes:
         moment: which that is. items: what is alive, gradients of the adapter among it.
-        host: bytes of layer inputs in host memory. saves: attention's output is kept for the backward pass.
+        host: bytes of layer inputs in host memory. left: those that all layers leave on the device instead.
+        saves: attention's output is kept for the backward pass.
         moments: bytes of all moments that were looked at.
     """
 
     moment: str
     items: Items
     host: int
+    left: int
     saves: bool
     groups: int
     moments: Items
@@ -73,6 +75,7 @@ def pack_memory(setup: Setup, rows: int, *, accumulated: bool = True, device: De
         moment=moment,
         items={name: size for name, size in moments[moment].items() if size},
         host=shape.layers * _host_blocks(setup, rows, saves) if on_host else 0,
+        left=0 if on_host else shape.layers * kept,
         saves=saves,
         groups=groups,
         moments={name: sum(items.values()) for name, items in moments.items()},

@@ -46,9 +46,14 @@ class Sizing:
 
     @cached_property
     def roomiest(self) -> Ledger:
-        """Of both, the one that lets longer sequences through: left open, offloading takes more of a small host, and
-        the transformers engine more at once, than what is chosen for them."""
-        return max(self.free, self.plan, key=lambda plan: plan.longest)
+        """Of all ways to set the sizes that are open, the one that lets the longest sequences through. That is not what
+        is chosen for the planned length, for which vLLM's cache is no larger than that needs, nor what is left open:
+        offloading takes more of a small host, and the transformers engine more at once, than would be chosen."""
+        engine = {key: value for key, value in self.changes.get("rollout", {}).items() if key != "kv_cache_gib"}
+        room = self.free.again(changed(self.free.config, {"rollout": engine}))
+        least = _rungs(room)[-1]
+        ways = (_with(room, _only_open({**way, **least}, room.config.train)) for way in _ways(room))
+        return max((self.free, self.plan, *ways), key=lambda plan: plan.longest)
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -69,7 +74,8 @@ def choose_sizes(
     smaller tiles and more groups where it does not fit with these; of offloading and not, and of
     attention's output saved and computed again, what fits and is estimated to be faster. As many sequences are
     generated at once as the batch has and, for the transformers engine, as fit; vLLM's cache gets what these need, or
-    what is left. Where nothing fits, a size stays open, and the plan says so.
+    what is left. All this is to fit 92% of the card; what fits no more than the whole of it is taken where nothing else
+    does. Where nothing fits, a size stays open, and the plan says so.
 
     Args:
         longest: the longest sequence, where it is known. evaluated: completions of a held-out evaluation.
@@ -77,24 +83,29 @@ def choose_sizes(
     free = ledger(shape, config, device, longest)
     room = free.again(device=replace(device, memory_gib=USED_SHARE * device.memory_gib))
     rollout = {"rollout": _rollout(room, evaluated)} if free.work.generates else {}
-    changes = {"train": _training(room.again(changed(config, rollout))), **rollout}
+    config_made = changed(config, rollout)
+    changes = {"train": _training(room.again(config_made), free.again(config_made)), **rollout}
     made = free.again(changed(config, changes))
-    found = {"train": _train_reasons(room, changes)}
+    found = {"train": _train_reasons(room, changes, made)}
     if rollout:
         found["rollout"] = {key: _rollout_reason(made, key, evaluated) for key in changes["rollout"]}
     reasons = {f"{section}.{key}": reason for section, by_key in found.items() for key, reason in by_key.items()}
     return Sizing(made, free, changes, reasons)
 
 
-def _training(room: Ledger) -> dict[str, Any]:
-    """Tokens of a pack, offloading, and how fused layers spend memory."""
+def _training(room: Ledger, whole: Ledger) -> dict[str, Any]:
+    """Tokens of a pack, offloading, and how fused layers spend memory.
+
+    Args:
+        room: on the part of the card that sizes are chosen for. whole: on all of it, for what does not fit there.
+    """
     train, length = room.config.train, room.work.length
     packs, wider = [train.max_tokens or max(MAX_TOKENS, length)], []
     if train.max_tokens is None:
         wider = _wider(room, packs[0])
         while packs[-1] > length:
             packs.append(max(packs[-1] // 2, length))
-    usual = next(filter(None, (_fitting(room, tokens) for tokens in packs)), None)
+    usual = next(filter(None, (_fitting(room, tokens) for tokens in packs)), None) or _fitting(whole, packs[-1])
     if usual is None:
         return _only_open({"max_tokens": packs[-1], **_rungs(room)[-1]}, train)
     best, seconds = usual[0], WORTH * usual[1].update_seconds
@@ -207,12 +218,13 @@ def _only_open(values: dict[str, Any], section: Any) -> dict[str, Any]:
     return {key: value for key, value in known.items() if getattr(section, key) in _OPEN}
 
 
-def _train_reasons(room: Ledger, changes: dict[str, dict[str, Any]]) -> dict[str, str]:
+def _train_reasons(room: Ledger, changes: dict[str, dict[str, Any]], made: Ledger) -> dict[str, str]:
     """Why each value was chosen: what the next larger or the other one would need, or take."""
     values = changes["train"]
     plan = room.again(changed(room.config, changes))
     if not plan.trains():
-        return dict.fromkeys(values, "the least there is, which does not fit either")
+        fits = f"which fits, but not in {USED_SHARE:.0%} of the card" if made.trains() else "which does not fit either"
+        return dict.fromkeys(values, f"the least there is, {fits}")
     found = {}
     for key, value in values.items():
         other = {**values, key: _instead(key, value)}

@@ -424,7 +424,7 @@ def test_what_recordings_hold_is_not_free_to_packs_that_are_not_recorded(
 ) -> None:
     held: list[int] = []
 
-    def layers_to_keep(self: Any, h: Any, layers: int, first: Any, inputs: bool, bytes_held: int) -> int:
+    def layers_to_keep(self: Any, h: Any, layers: int, first: Any, inputs: bool, bytes_held: int, _: int) -> int:
         held.append(bytes_held)
         return layers
 
