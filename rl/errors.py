@@ -32,6 +32,32 @@ class RunStopped(_Explained):
     """A run that had to stop through no fault of its user's, with a checkpoint. The CLI exits with code 1."""
 
 
+class OutOfMemory(UserError):
+    """A pass needs more memory than there is, with everything on that saves some."""
+
+
+# Allocators and libraries that do not raise torch's own error for it.
+_NO_MEMORY = (
+    "can't allocate memory",
+    "_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a device or the host had no memory left, directly or as the cause of `error`."""
+    import torch
+
+    while error is not None:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return True
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
+
 def short(value: object) -> str:
     """A value as it appears in a message: its repr, cut."""
     text = repr(value)

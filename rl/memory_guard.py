@@ -19,7 +19,7 @@ import torch
 from tandem.rl import distributed
 from tandem.rl.checkpoint import State
 from tandem.rl.config import TrainConfig
-from tandem.rl.errors import UserError
+from tandem.rl.errors import OutOfMemory, is_out_of_memory
 from tandem.rl.memory_measures import next_measure, spare, take_measures
 from tandem.rl.model import LanguageModel
 from tandem.rl.packing import Pack, default_max_tokens
@@ -29,28 +29,6 @@ Packs = Callable[[int], list[Pack]]
 Gather = Callable[[Any], list[Any]]
 
 _GIB = 1 << 30
-# Allocators and libraries that do not raise torch's own error for it.
-_TEXTS = (
-    "can't allocate memory",
-    "_STATUS_ALLOC_FAILED",
-    "CUDA error: out of memory",
-    "CUDA driver error: out of memory",
-)
-
-
-class OutOfMemory(UserError):
-    """A pass needs more memory than there is, with everything on that saves some."""
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether a device or the host had no memory left, directly or as the cause of `error`."""
-    while error is not None:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            return True
-        if isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS):
-            return True
-        error = error.__cause__
-    return False
 
 
 class MemoryGuard:

@@ -53,7 +53,7 @@ def open_engine(
     """
 
     def fallback() -> RolloutEngine:
-        return TransformersEngine(language_model, max_in_flight=max_in_flight)
+        return TransformersEngine(language_model, max_in_flight=max_in_flight, warn=warn)
 
     if kind == "transformers":
         return fallback()

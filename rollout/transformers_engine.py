@@ -1,18 +1,21 @@
 """The embedded engine: batched sampling with transformers' own forward, on a CPU or a GPU, sharing the trainer's model.
 
 A group's prompt is prefilled once and its cache copied for the group's completions; finished completions leave the
-batch; every completion draws from a random stream of its own.
+batch; every completion draws from a random stream of its own. Where memory ends, fewer are made at once.
 """
 
 from __future__ import annotations
 
+import gc
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tandem.kernels.sampling import draw, restrict
+from tandem.rl.errors import OutOfMemory, is_out_of_memory
 from tandem.rl.model import LanguageModel
 from tandem.rl.samples import Completion, Group, Prompt, Sampling
 from tandem.rollout.engine import OnGroup, Progress
@@ -54,6 +57,11 @@ class _Request:
         self.log_probs.append(log_prob)
         self.truncated = not (stops or (self.watch is not None and self.watch.push(token)))
 
+    def begin_again(self, watch: StopStrings | None) -> None:
+        self.ids.clear()
+        self.log_probs.clear()
+        self.watch = watch
+
 
 class TransformersEngine:
     """Generates with the very modules that are trained: an updated adapter is in use at once, without a copy.
@@ -61,14 +69,22 @@ class TransformersEngine:
     Args:
         language_model: with the adapter attached or not.
         max_in_flight: completions generated at once; None: all of them.
+        warn: told when memory ends and fewer are generated at once from then on.
     """
 
     name = "transformers"
     asleep_bytes = 0
 
-    def __init__(self, language_model: LanguageModel, *, max_in_flight: int | None = None) -> None:
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        *,
+        max_in_flight: int | None = None,
+        warn: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._lm = language_model
         self._max_in_flight = max_in_flight
+        self._warn = warn
         self._cache_name = _cache_name(language_model.backbone)
 
     def load_adapter(self, version: int) -> None:
@@ -93,6 +109,11 @@ class TransformersEngine:
         progress: Progress | None = None,
         on_group: OnGroup | None = None,
     ) -> list[Group]:
+        """See `RolloutEngine`.
+
+        Raises:
+            OutOfMemory: for a single completion.
+        """
         size = sampling.num_generations
         requests = [self._request(p, k, sampling) for p in prompts for k in range(size)]
         members = [requests[i : i + size] for i in range(0, len(requests), size)]
@@ -102,18 +123,55 @@ class TransformersEngine:
             return Group(prompts[place], done)
 
         groups = FinishedGroups(members, made, on_group)
-        wave = self._max_in_flight or max(len(requests), 1)
-        for start in range(0, len(requests), wave):
-            self._generate_wave(requests[start : start + wave], sampling, groups)
-            if progress:
-                progress(min(start + wave, len(requests)), len(requests))
+        waiting = [one for one in requests if one.unfinished]
+        while waiting:
+            wave = waiting[: self._max_in_flight]
+            failure = self._try(wave, sampling, groups)
+            if failure is None:
+                waiting = waiting[len(wave) :]
+                if progress:
+                    progress(len(requests) - len(waiting), len(requests))
+                continue
+            self._reduce(len(wave), failure)
+            waiting = [one for one in waiting if one.unfinished]
+            for one in wave:
+                if one.unfinished:
+                    one.begin_again(self._watch(one.prompt, sampling))
         return groups.all()
+
+    def _try(self, wave: list[_Request], sampling: Sampling, groups: FinishedGroups) -> str | None:
+        """What was asked for where memory has ended. When this returns, nothing holds on to the wave's cache."""
+        try:
+            self._generate_wave(wave, sampling, groups)
+            return None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+    def _reduce(self, count: int, failure: str) -> None:
+        """Half as many at once, from now on."""
+        gc.collect()
+        if self._lm.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if count == 1:
+            raise OutOfMemory(
+                f"out of memory while a single completion was generated: {failure}",
+                fix="lower rollout.max_completion_length or data.max_prompt_length, or set model.load_in_4bit=true",
+            )
+        self._max_in_flight = count // 2
+        self._warn(
+            f"out of memory while {count} completions were generated at once: {failure}. Those that are not finished "
+            f"are begun again, and the run goes on, with rollout.max_in_flight={self._max_in_flight}"
+        )
 
     def _request(self, prompt: Prompt, sample: int, sampling: Sampling) -> _Request:
         # Always of the full length, so that the prompt's own limit cuts a completion and changes nothing before.
         uniforms = uniform_stream(sampling.seed, stream_of(prompt), sample, sampling.max_completion_length)
-        watch = StopStrings(self._text, prompt.ids, sampling.stop) if sampling.stop else None
-        return _Request(prompt, sample, uniforms, sampling.longest(prompt), watch)
+        return _Request(prompt, sample, uniforms, sampling.longest(prompt), self._watch(prompt, sampling))
+
+    def _watch(self, prompt: Prompt, sampling: Sampling) -> StopStrings | None:
+        return StopStrings(self._text, prompt.ids, sampling.stop) if sampling.stop else None
 
     def _text(self, ids: list[int]) -> str:
         return str(self._lm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

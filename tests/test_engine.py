@@ -11,6 +11,7 @@ import torch
 from tiny_model import move_adapter, save_llama, save_words
 
 from tandem.rl.config import LoraConfig, ModelConfig
+from tandem.rl.errors import OutOfMemory
 from tandem.rl.lora import attach_lora, trainable
 from tandem.rl.model import LanguageModel, load_model, load_tokenizer, with_sampling
 from tandem.rl.packing import pack
@@ -184,6 +185,44 @@ def test_progress_counts_completions(lm):
         progress=lambda done, total: told.append((done, total)),
     )
     assert told == [(5, 12), (10, 12), (12, 12)]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("Tried to allocate 2.50 GiB"), MemoryError()], ids=type)
+def test_where_memory_ends_fewer_are_generated_at_once(lm, monkeypatch, error):
+    """In the middle of a wave, with some of it finished: each group is handed over once, as it would have been."""
+    free = flat(generate(lm, prompts_of(lm), seed=5))
+    decode, sizes, told, handed = TransformersEngine._decode, [], [], []
+
+    def small(self, batch, tokens):
+        sizes.append(len(batch.requests))
+        if len(batch.requests) > 3 and len(sizes) > 2:
+            raise error
+        decode(self, batch, tokens)
+
+    monkeypatch.setattr(TransformersEngine, "_decode", small)
+    engine = TransformersEngine(lm, warn=told.append)
+    settings = Sampling(num_generations=3, max_completion_length=10, stop_token_ids=(STOP, 7, 30), seed=5)
+    groups = engine.generate(prompts_of(lm), settings, on_group=lambda place, group: handed.append(place))
+    assert [c.ids for _, c in flat(groups)] == [c.ids for _, c in free]
+    assert sorted(handed) == sorted({*handed})
+    for (_, one), (_, other) in zip(flat(groups), free, strict=True):
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
+        assert one.truncated == other.truncated
+    assert told
+    assert all("out of memory while" in text for text in told)
+    # It stays so, and is not said again.
+    count = len(told)
+    assert [c.ids for _, c in flat(engine.generate(prompts_of(lm), settings))] == [c.ids for _, c in free]
+    assert len(told) == count
+
+
+def test_a_single_completion_without_memory_is_an_error_with_a_fix(lm, monkeypatch):
+    def none(self, batch, tokens):
+        raise torch.OutOfMemoryError("Tried to allocate 2.50 GiB")
+
+    monkeypatch.setattr(TransformersEngine, "_decode", none)
+    with pytest.raises(OutOfMemory, match=r"single completion was generated: Tried to allocate 2\.50 GiB\nFix: lower"):
+        generate(lm, prompts_of(lm))
 
 
 def test_generating_leaves_model_and_random_state_alone(lm):

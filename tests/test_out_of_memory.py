@@ -140,6 +140,44 @@ def test_every_pass_of_a_run_is_guarded(place: Place) -> None:
     assert all(m["loss"] == pytest.approx(n["loss"], abs=1e-5) for m, n in zip(a, b, strict=True))
 
 
+# The embedded engine's cache, of which some completions at once are too much, from the so-manieth token on.
+SMALL_CACHE = """
+import torch
+from tandem.rollout.transformers_engine import TransformersEngine
+real, calls = TransformersEngine._decode, []
+def limited(self, batch, tokens):
+    calls.append(1)
+    if len(calls) >= FIRST and len(batch.requests) > MOST:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has no more")
+    real(self, batch, tokens)
+TransformersEngine._decode = limited
+"""
+
+
+def test_a_rollout_without_memory_is_generated_in_smaller_waves(place: Place) -> None:
+    free, _ = place.run("free_rollout", *UPDATE_ONLY)
+    small, said = place.run("small_rollout", *UPDATE_ONLY, patch=cache_of(5))
+    assert said.count("warning: out of memory while 16 completions were generated at once") == 1
+    rewards = [
+        [json.loads(line)["reward"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+        for run in (free, small)
+    ]
+    assert len(rewards[0]) == 6
+    assert rewards[0] == rewards[1]
+
+
+def test_a_rollout_without_any_memory_ends_the_run_with_a_checkpoint(place: Place) -> None:
+    run, said = place.run("no_rollout", *UPDATE_ONLY, code=2, patch=cache_of(0, first=9))
+    assert "error: out of memory while a single completion was generated" in said
+    assert "a checkpoint from before this step is kept" in said
+    place.resume(run)
+    assert (run / "checkpoints" / "step_000006").is_dir()
+
+
+def cache_of(most: int, *, first: int = 5) -> str:
+    return SMALL_CACHE.replace("FIRST", str(first)).replace("MOST", str(most))
+
+
 PHASES = {
     "sft": ("algorithm.name=sft", "data.dataset_name=examples.jsonl", "train.per_device_train_batch_size=8"),
     "dpo": (
