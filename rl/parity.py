@@ -22,13 +22,21 @@ from tandem.rl.policy_loss import LossValue, PolicyTokens
 from tandem.rl.samples import Sequence as TokenSequence
 from tandem.rl.step import Objective, PolicyBatch, log_probs_of_heads, sequence_log_probs
 
+_WEIGHTS = "other weights, or a stale adapter: an update that did not reach the engine, a prefix cache from before it"
+_SAMPLING = "another temperature, top-p or top-k, or log-probs taken before them"
+_PLACES = "log-probs of other tokens: moved by one place, or of another part of the text"
+# The likeliest first, unless one of the first three was found by trying it out (`explanations`).
 _CAUSES = (
-    "other weights, or a stale adapter: an update that did not reach the engine, a prefix cache from before it",
-    "another temperature, top-p or top-k, or log-probs taken before them",
+    _WEIGHTS,
+    _SAMPLING,
+    _PLACES,
     "another chat template or other token ids, so that the two do not read the same text",
     "precision: an fp8 KV cache, 4-bit kernels, bfloat16 beside float32 (model.dtype=float16 rounds finer)",
     "a defect of ours: please report it with these numbers",
 )
+_MOVED, _OFF, _AT = "moved by one token", "with the adapter switched off", "at temperature"
+# How a text of what was found by trying begins, and the cause that it speaks for.
+_EVIDENCE = {_MOVED: _PLACES, _OFF: _WEIGHTS, _AT: _SAMPLING}
 # Temperatures that a mistaken engine may have used, beside no change at all.
 _TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5)
 _EXPLAINED_BY_TOKENS = 2048
@@ -290,7 +298,8 @@ def _failure(
     problems: Sequence[str], evidence: Sequence[str], found: LogProbDifference | None, place: str, kept: str
 ) -> ParityError:
     """What is beyond its limit, what was measured, the likely causes in order, and what to do."""
-    causes = "\n".join(f"  {number}. {cause}" for number, cause in enumerate(_CAUSES, 1))
+    found_out = [cause for start, cause in _EVIDENCE.items() for text in evidence if text.startswith(start)]
+    causes = "\n".join(f"  {number}. {cause}" for number, cause in enumerate(dict.fromkeys((*found_out, *_CAUSES)), 1))
     measured = "".join(f"{text}.\n" for text in evidence)
     return ParityError(
         f"engine and trainer do not compute the same policy{place and ' '}{place}: {', '.join(problems)}",
@@ -356,9 +365,9 @@ def explanations(
     before = _mean_difference(theirs, as_it_is)
     tried = [(_mean_difference(a, b), text) for text, a, b in _shifted(theirs, as_it_is)]
     with lm.model.disable_adapter():
-        tried.append((_mean_difference(theirs, *own(head)), "with the adapter switched off"))
+        tried.append((_mean_difference(theirs, *own(head)), _OFF))
     for other, log_probs in zip(others, at_others, strict=True):
-        text = f"at temperature {other.temperature:g}{' without top-p and top-k' if head.restricted else ''}"
+        text = f"{_AT} {other.temperature:g}{' without top-p and top-k' if head.restricted else ''}"
         tried.append((_mean_difference(theirs, log_probs), text))
     # Anything that moves numbers nearer by chance does not do so by a factor of five. Where rounding is a part of the
     # difference, it stays when the fault is found.
@@ -371,8 +380,8 @@ def _shifted(
     engine: Sequence[Sequence[float]], trainer: Sequence[torch.Tensor]
 ) -> Iterator[tuple[str, list[Sequence[float]], list[torch.Tensor]]]:
     """The engine's log-probs one place early and one place late."""
-    yield "moved by one token (the engine's are late)", [row[1:] for row in engine], [row[:-1] for row in trainer]
-    yield "moved by one token (the engine's are early)", [row[:-1] for row in engine], [row[1:] for row in trainer]
+    yield f"{_MOVED} (the engine's are late)", [row[1:] for row in engine], [row[:-1] for row in trainer]
+    yield f"{_MOVED} (the engine's are early)", [row[:-1] for row in engine], [row[1:] for row in trainer]
 
 
 def _mean_difference(engine: Sequence[Sequence[float]], trainer: Sequence[torch.Tensor]) -> float:
