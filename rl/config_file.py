@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -133,7 +133,7 @@ def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
         name = algorithm.get("name") if isinstance(algorithm, dict) else None
         # Where a key stands in several sections, the one that this algorithm reads.
         reads = "preference" if name in ("dpo", "online_dpo") else ""
-        problems = [_explain(e, reads) for e in error.errors()]
+        problems = [_explain(e, reads) for e in _by_key(error.errors())]
         raise UserError(f"{source}: " + "\n".join(problems)) from None
 
 
@@ -192,6 +192,26 @@ def _existing(file: str, folder: Path) -> Path | None:
         return candidate if file and candidate.exists() else None
     except (OSError, RuntimeError, ValueError):
         return None  # too long for a file name, an unknown user after ~, a null character: a name of something else
+
+
+def _by_key(errors: Iterable[Any]) -> list[dict[str, Any]]:
+    """One error a key. Of a value that may be of several types pydantic reports each, with the type's name behind the
+    key's."""
+    keys = {full for _, full in all_keys()}
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for error in errors:
+        where = error["loc"]
+        if len(where) > 2 and ".".join(map(str, where[:2])) in keys and _is_type(where[2]):
+            where = (*where[:2], *where[3:])
+        if where in found:
+            found[where]["msg"] += f", or {error['msg'].removeprefix('Input should be ')}"
+        else:
+            found[where] = {**error, "loc": where}
+    return list(found.values())
+
+
+def _is_type(part: Any) -> bool:
+    return part in ("bool", "int", "float", "str") or (isinstance(part, str) and part.endswith("]"))
 
 
 def _explain(error: Any, reads: str) -> str:

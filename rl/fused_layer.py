@@ -137,7 +137,7 @@ class FusedLayers:
                 fix="switch the fused layers off; the model then runs through its own forward",
             )
         layers = spec.layers()
-        _check_groups(self.plan.groups, layers[0].kv_heads)
+        check_groups(self.plan.groups, layers[0].kv_heads)
         _check_trainable(spec, layers)
         self._lm, self._spec = lm, spec
         lm.fused = self
@@ -266,11 +266,12 @@ def _recordable(layer: Layer, h: torch.Tensor) -> bool:
     return bool(trained) and layer.window is None and takes(h.view(-1, 1, h.shape[1])[..., : layer.head_dim], scoring)
 
 
-def _check_groups(groups: int | None, kv_heads: int) -> None:
+def check_groups(groups: int | None, kv_heads: int) -> None:
+    """Raises UserError where KV heads cannot be divided into so many groups."""
     if groups is not None and (groups < 1 or kv_heads % groups):
         divisors = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
         raise UserError(
-            f"groups is {groups}, but the model has {kv_heads} KV heads",
+            f"train.kv_head_groups is {groups}, but the model has {kv_heads} KV heads",
             reason="groups must hold equally many heads",
             fix=f"use one of {', '.join(map(str, divisors))}",
         )

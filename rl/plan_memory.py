@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tandem.rl.config import Config
-from tandem.rl.fused_layer import LayerPlan
+from tandem.rl.fused_layer import LayerPlan, check_groups
 from tandem.rl.plan_devices import GIB, Device
 from tandem.rl.plan_engine import captured_graphs, step_bytes
 from tandem.rl.plan_setup import Items, Setup
@@ -26,6 +26,8 @@ def setup_of(shape: ModelShape, config: Config) -> Setup:
     vllm = config.uses_rollouts and rollout.engine == "vllm"
     fused = shape.projections is not None if train.fused_layers is None else train.fused_layers
     fused = fused and shape.projections is not None and config.lora.lora_dropout == 0
+    if fused:
+        check_groups(train.kv_head_groups, shape.kv_heads)
     stored = "nf4" if shape.quantised else "dense"
     return Setup(
         shape=shape,

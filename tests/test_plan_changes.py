@@ -10,6 +10,7 @@ from plan_config import config_of
 from transformers import AutoConfig
 
 from tandem.rl.console import Console
+from tandem.rl.errors import UserError
 from tandem.rl.plan import Longest, changed
 from tandem.rl.plan_changes import as_it_is, candidates, openings, smallest_change, try_changes
 from tandem.rl.plan_command import as_dict, show, verdict
@@ -150,6 +151,12 @@ def test_no_run_is_shrunk_to_nothing(long_qwen: ModelShape) -> None:
             name, _, value = setting.partition("=")
             assert name != "lora.r" or int(value) >= 4
             assert name != "rollout.max_completion_length" or int(value) >= 256
+
+
+@pytest.mark.parametrize("groups", [3, 100])
+def test_groups_that_a_run_would_refuse_are_refused_by_the_plan(qwen: ModelShape, groups: int) -> None:
+    with pytest.raises(UserError, match=f"train.kv_head_groups is {groups}, but the model has 8 KV heads"):
+        sized(qwen, "4090", train={"kv_head_groups": groups})
 
 
 # --- what is left -----------------------------------------------------------------------------------------------------
