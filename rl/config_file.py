@@ -226,7 +226,7 @@ def _explain(error: Any, reads: str) -> str:
         elsewhere = dict(all_keys())
         if name in INSTEAD and name not in elsewhere:
             return f"unknown key {where!r}; for TRL's {name}: {INSTEAD[name].replace('`', '')} (docs/from-trl.md)"
-        section = ".".join(str(p) for p in error["loc"][:-1])
+        section = ".".join(str(p) for p in error["loc"][:-1] if not isinstance(p, int))
         own = [k for k, full in all_keys() if full.rpartition(".")[0] == section]
         # The exact name of another section's key says more than a similar name in this section.
         near = [name] if name in elsewhere else difflib.get_close_matches(name, own, n=1, cutoff=0.6)
