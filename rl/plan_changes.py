@@ -126,9 +126,10 @@ def smallest_change(plan: Ledger, given: Ledger | None = None) -> list[str]:
     Args:
         given: the plan of the config before sizes were chosen. What it sets may be left open, which costs nothing.
     """
-    for name, changes in openings(given) if given is not None else ():
-        if _tried(given, name, changes).fits:
-            return [name]
+    if given is not None:
+        for name, changes in openings(given):
+            if _tried(given, name, changes).fits:
+                return [name]
     for name, changes in candidates(plan):
         if plan.again(changed(plan.config, changes)).fits():
             return [name]
