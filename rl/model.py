@@ -358,6 +358,13 @@ def _check_head(loaded: LanguageModel) -> None:
     own = loaded.causal_lm(input_ids=ids, use_cache=False).logits[0].float()
     ours = loaded.logits(loaded.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
     own = own[:, : ours.shape[1]]
+    if own.isnan().any():
+        half = loaded.dtype == torch.float16
+        raise UserError(
+            f"{type(loaded.causal_lm).__name__} computes something that is no number in {str(loaded.dtype)[6:]}",
+            reason="its hidden states exceed 65,504, where float16 ends" if half else "its weights may be damaged",
+            fix="set model.dtype=bfloat16" if half else "load the checkpoint anew",
+        )
     error = (own.log_softmax(-1) - ours.log_softmax(-1)).abs().max().item()
     tolerance = 1e-3 if loaded.dtype == torch.float32 else 0.25
     if not error <= tolerance:

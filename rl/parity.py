@@ -220,6 +220,14 @@ class ParityGate:
         self._last: int | None = None
         self._noted = False
 
+    def _range(self, found: LogProbDifference | None) -> str:
+        """What to try where numbers cannot be compared, as they cannot where one is not finite."""
+        if found is not None or self._lm.dtype != torch.float16:
+            return ""
+        return (
+            "Set model.dtype=bfloat16 if numbers are not finite: this model's may exceed 65,504, where float16 ends. "
+        )
+
     def due(self, step: int) -> bool:
         """Whether the rollout after `step` optimiser steps is to be held against the limits: the first one always."""
         if self._action == "off":
@@ -254,7 +262,7 @@ class ParityGate:
             return Comparison(found)
         evidence = explanations(self._lm, self._config, self._head, batch.sequences, engine)
         if found is None or evidence or self.limits.broken(found):
-            return Comparison(found, _failure(problems, evidence, found, place, kept))
+            return Comparison(found, _failure(problems, evidence, found, place, kept + self._range(found)))
         note = None if self._noted else _rounding(problems, found, place)
         self._noted = True
         return Comparison(found, note=note)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tandem.rl.checkpoint import State, latest_checkpoint, read_state, restore, save_checkpoint
 from tandem.rl.config import AlgorithmConfig, LoraConfig, ModelConfig, OptimConfig
@@ -248,3 +251,14 @@ def test_cards_without_bfloat16_compute_in_float16(capability, dtype, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert _dtype(ModelConfig(model_name_or_path="any"), torch.device("cuda", 0)) == dtype
     assert _dtype(ModelConfig(model_name_or_path="any"), torch.device("cpu")) == torch.float32
+
+
+def test_a_model_that_leaves_float16_is_refused_before_it_is_trained(folder, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    for value, dtype, words in ((1e6, "float16", "model.dtype=bfloat16"), (math.nan, "float32", "may be damaged")):
+        changed = {name: tensor * value if "down_proj" in name else tensor for name, tensor in weights.items()}
+        shutil.copytree(folder, tmp_path / dtype)
+        save_file(changed, tmp_path / dtype / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=words):
+            load(tmp_path / dtype, dtype=dtype)
+    load(tmp_path / "float16", dtype="float32")
