@@ -224,9 +224,7 @@ class ParityGate:
         """What to try where numbers cannot be compared, as they cannot where one is not finite."""
         if found is not None or self._lm.dtype != torch.float16:
             return ""
-        return (
-            "Set model.dtype=bfloat16 if numbers are not finite: this model's may exceed 65,504, where float16 ends. "
-        )
+        return "If numbers are not finite, set model.dtype=bfloat16: float16 ends at 65,504. "
 
     def due(self, step: int) -> bool:
         """Whether the rollout after `step` optimiser steps is to be held against the limits: the first one always."""

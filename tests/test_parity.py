@@ -427,8 +427,10 @@ def test_off_lets_anything_pass(place, tmp_path, monkeypatch):
 
 
 def test_a_number_that_is_none_stops_the_run(place, tmp_path, monkeypatch):
-    with pytest.raises(ParityError, match="not finite"):
-        train(grpo(place, tmp_path), monkeypatch, not_a_number)
+    for dtype in ("float32", "float16"):
+        with pytest.raises(ParityError, match="not finite") as error:
+            train(grpo(place, tmp_path / dtype, model={"dtype": dtype}), monkeypatch, not_a_number)
+        assert ("set model.dtype=bfloat16" in str(error.value)) == (dtype == "float16")
 
 
 def test_online_dpo_is_held_to_it_too(place, tmp_path, monkeypatch):
