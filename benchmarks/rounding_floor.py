@@ -82,8 +82,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    from tandem.rl.config import ModelConfig
     from tandem.rl.model import load_model, load_tokenizer
-    from tandem.rl.sections import ModelConfig
 
     config = ModelConfig(model_name_or_path=arguments.model, device=arguments.device, dtype="bfloat16")
     tokenizer = load_tokenizer(config)

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from tandem.rl.environment_config import EnvironmentConfig
+from tandem.rl.model_config import ModelConfig
 from tandem.rl.reward_config import RewardsConfig, RewardSpec, WatchSpec
 from tandem.rl.sections import (
     AlgorithmConfig,
@@ -20,7 +21,6 @@ from tandem.rl.sections import (
     EvalConfig,
     LogConfig,
     LoraConfig,
-    ModelConfig,
     OptimConfig,
     ParityConfig,
     PreferenceConfig,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tandem.rl.config import Config, ModelConfig
 from tandem.rl.console import Console
 from tandem.rl.errors import UserError
+from tandem.rl.rope_scaling import stretched
 from tandem.rl.training_data import TrainingData, longest_sequence
 from tandem.rl.weights import resolve_model
 
@@ -37,7 +38,7 @@ def check_context(config: Config, data: TrainingData, console: Console) -> None:
     raise UserError(
         f"a prompt of {prompt} tokens and rollout.max_completion_length {completion} are {total} tokens",
         reason=f"the model takes {context}",
-        fix=", or ".join(ways) or "shorten both",
+        fix=", or ".join([*(ways or ["shorten both"]), "stretch the context with model.rope_scaling.factor"]),
     )
 
 
@@ -52,5 +53,6 @@ def _context(model: ModelConfig) -> int | None:
         ).get_text_config()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
         return model.max_length  # what is wrong with the model is said when it is loaded
+    config = stretched(config, model.rope_scaling)
     limits = [limit for limit in (getattr(config, "max_position_embeddings", None), model.max_length) if limit]
     return min(limits, default=None)

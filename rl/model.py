@@ -25,6 +25,7 @@ from tandem.rl.config import ModelConfig
 from tandem.rl.distributed import local_rank
 from tandem.rl.errors import UserError
 from tandem.rl.library_imports import collector_off
+from tandem.rl.rope_scaling import stretched
 from tandem.rl.store import WeightStore
 from tandem.rl.weights import resolve_model
 
@@ -173,7 +174,12 @@ def load_model(config: ModelConfig, tokenizer: Any, *, shared: bool = False) -> 
     if (shared or config.quantised_to) and not config.trust_remote_code:
         try:
             store = WeightStore.open(
-                source, format=_store_format(config, source), device=device, dtype=dtype, revision=config.revision
+                source,
+                format=_store_format(config, source),
+                device=device,
+                dtype=dtype,
+                revision=config.revision,
+                rope_scaling=config.rope_scaling,
             )
             model = store.causal_lm()
             notes += store.notes
@@ -210,25 +216,29 @@ def _store_format(config: ModelConfig, source: str) -> str:
 
 
 def _loaded(config: ModelConfig, source: str, device: torch.device, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {}
+    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if config.load_in_4bit:
         options["quantization_config"] = _nf4(dtype)
     if config.load_in_4bit or device.type == "cuda":
         options["device_map"] = {"": str(device)}
     try:
+        if config.rope_scaling.factor is not None:
+            options["config"] = stretched(AutoConfig.from_pretrained(source, **where), config.rope_scaling)
         return with_attention(
             lambda attention: AutoModelForCausalLM.from_pretrained(
                 source,
-                revision=config.revision,
                 dtype=dtype,
-                trust_remote_code=config.trust_remote_code,
                 use_safetensors=True,  # a pickle runs code when it is read
                 attn_implementation=attention,
+                **where,
                 **options,
             )
         )
+    except UserError:
+        raise
     except Exception as error:  # a damaged file makes the libraries raise anything; reported with its cause
         raise UserError(
             f"cannot load the model {config.model_name_or_path!r}: {_first_lines(error)}",

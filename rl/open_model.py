@@ -60,6 +60,7 @@ def open_model(
         source=resolve_model(config.model.model_name_or_path),
         load_in_4bit=config.model.load_in_4bit,
         options=vllm_options(config, inputs),
+        as_checkpoint=config.model.rope_scaling.factor is None,
         max_in_flight=config.rollout.max_in_flight,
         note=console.note,
         warn=console.warn,

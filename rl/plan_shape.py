@@ -11,6 +11,7 @@ from typing import Any
 
 from tandem.rl.config import LoraConfig, ModelConfig
 from tandem.rl.errors import UserError, cause
+from tandem.rl.rope_scaling import stretched
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def read_shape(config: ModelConfig) -> ModelShape:
 
     source = resolve_model(config.model_name_or_path)
     if source in MODELS and config.revision is None:
-        return shape_of(AutoConfig.for_model(**MODELS[source]))
+        return shape_of(stretched(AutoConfig.for_model(**MODELS[source]), config.rope_scaling))
     try:
         found = AutoConfig.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -145,7 +146,7 @@ def read_shape(config: ModelConfig) -> ModelShape:
             fix="give a hub id, a folder that holds config.json, or pkg://PACKAGE/FILE.gguf; without access to a hub, "
             "a folder with that one file is enough",
         ) from error
-    return shape_of(found, trust_remote_code=config.trust_remote_code)
+    return shape_of(stretched(found, config.rope_scaling), trust_remote_code=config.trust_remote_code)
 
 
 def shape_of(config: Any, *, trust_remote_code: bool = False) -> ModelShape:

@@ -54,42 +54,6 @@ class Section(BaseModel):
         return value
 
 
-class ModelConfig(Section):
-    """The base model. Its weights are frozen; only the LoRA adapter is trained."""
-
-    model_name_or_path: str
-    """Hub id, local folder, or `pkg://PACKAGE/FILE.gguf` for weights that an installed Python package carries."""
-    revision: str | None = None
-    """Hub revision (branch, tag or commit)."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of weights and activations; auto: bfloat16 on a GPU (float16 before Ampere), float32 on a CPU. float16
-    rounds eight times finer than bfloat16, so that engine and trainer agree better; numbers end at 65,504, which some
-    models exceed."""
-    load_in_4bit: bool = False
-    """Quantise the linear layers to 4 bits (QLoRA); made once and kept in Tandem's cache folder."""
-    weight_format: Literal["nf4", "int4"] = "nf4"
-    """Of load_in_4bit. nf4: bitsandbytes' NF4 with double quantisation; int4: groups of 32 in Marlin's layout, which is
-    made for decoding."""
-    load_in_8bit: bool = False
-    """Keep the linear layers in 8-bit floating point (E4M3, a power of two per output), where there is room for that:
-    half of bfloat16's memory. On a GPU it has been run on small models alone."""
-    max_length: Positive | None = None
-    """Longest prompt + completion in tokens; None: what the model's own config allows."""
-    chat_template: str | None = None
-    """Path of a Jinja file that replaces the tokenizer's chat template."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Extra variables for the chat template, for example `enable_thinking: false`."""
-    trust_remote_code: bool = False
-    """Run Python code that ships with the model. Off unless you trust its author."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto: the GPU if there is one."""
-
-    @property
-    def quantised_to(self) -> Literal["nf4", "int4", "fp8"] | None:
-        """How the linear layers are to be stored; None: as the checkpoint has them."""
-        return self.weight_format if self.load_in_4bit else "fp8" if self.load_in_8bit else None
-
-
 class LoraConfig(Section):
     """The adapter, by peft's names."""
 

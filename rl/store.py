@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from tandem.rl.errors import UserError, cause, short
+from tandem.rl.model_config import RopeScaling
+from tandem.rl.rope_scaling import stretched
 from tandem.rl.source_weights import SourceWeights, checkpoint_folder
 from tandem.rl.store_cache import StoreCache
 from tandem.rl.stored_model import LinearPlan, WeightPlan, assemble, check_embedding_on_host, dense_kind, plan, skeleton
@@ -104,6 +106,7 @@ class WeightStore:
         cache_dir: Path | None = None,
         embedding_on_host: bool = False,
         revision: str | None = None,
+        rope_scaling: RopeScaling | None = None,
     ) -> WeightStore:
         """Load a checkpoint.
 
@@ -112,7 +115,7 @@ class WeightStore:
 
         Args:
             source: a hub id, a folder in Hugging Face's format, or a GGUF file. dtype: what the model computes in;
-                weights are rounded to it before they are quantised.
+                weights are rounded to it before they are quantised. rope_scaling: of the model's context.
 
         Raises:
             UserError: the checkpoint cannot be found or read, lacks a tensor, has one of a wrong shape, is quantised in
@@ -122,6 +125,8 @@ class WeightStore:
         device = _indexed(torch.device(device))
         folder = checkpoint_folder(source, revision)
         config = _config(folder, source, how)
+        if rope_scaling is not None:
+            config = stretched(config, rope_scaling)
         model = skeleton(config, dtype)
         needs = plan(model)
         if embedding_on_host:

@@ -33,6 +33,7 @@ def open_engine(
     source: str | Path,
     load_in_4bit: bool,
     options: VllmOptions,
+    as_checkpoint: bool = True,
     max_in_flight: int | None = None,
     note: Say,
     warn: Say,
@@ -44,7 +45,8 @@ def open_engine(
     Args:
         kind: auto, vllm or transformers.
         store: the weights that the trainer computes with; None: the trainer's model has others (see `source`).
-        source: the checkpoint that a copy would be loaded from; load_in_4bit: as NF4.
+        source: the checkpoint that a copy would be loaded from; load_in_4bit: as NF4; as_checkpoint: that would be
+            the trainer's model.
         note, warn: told what is used and what it costs.
         why_not, build: exchanged by tests.
 
@@ -59,7 +61,9 @@ def open_engine(
         return fallback()
     reason = (why_not or unusable)(language_model)
     if reason is None:
-        engine, reason = _vllm(language_model, store, source, load_in_4bit, options, note, warn, build)
+        engine, reason = _vllm(
+            language_model, store, source, load_in_4bit, options, note, warn, build, as_checkpoint=as_checkpoint
+        )
         if engine is not None:
             return engine
     if kind == "vllm":
@@ -88,6 +92,8 @@ def _vllm(
     note: Say,
     warn: Say,
     build: Callable[..., RolloutEngine],
+    *,
+    as_checkpoint: bool,
 ) -> tuple[RolloutEngine | None, str]:
     """An engine, or the reason for none."""
     reason = "the model was loaded without a weight store"
@@ -109,6 +115,8 @@ def _vllm(
             return RestartingEngine(engine, shared, warn=warn), ""
     if store is not None and store.format not in ("nf4", "bf16"):
         return None, f"{reason}; and vLLM has no {store.format} of its own that would be the same weights"
+    if not as_checkpoint:
+        return None, f"{reason}; and a copy from the checkpoint would have its own rotations (model.rope_scaling)"
     copy = copy_bytes(language_model)
     if free_bytes(language_model.device) < copy + HEADROOM:
         return None, f"{reason}; and there is no room for a copy of the weights ({copy / GIB:.2f} GiB)"

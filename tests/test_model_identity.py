@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_model import save_llama, save_words
 
+from tandem.rl.config import ModelConfig
 from tandem.rl.errors import UserError
 from tandem.rl.model_identity import model_facts
-from tandem.rl.sections import ModelConfig
 
 
 @pytest.fixture

@@ -420,7 +420,7 @@ def test_an_adapter_on_the_head_is_refused(folder, lm):
 STORE = SimpleNamespace(format="nf4")
 
 
-def choose(lm, kind="auto", *, store=STORE, build=None, why=None):
+def choose(lm, kind="auto", *, store=STORE, build=None, why=None, **more):
     said: list[str] = []
     engine = open_engine(
         kind,
@@ -433,6 +433,7 @@ def choose(lm, kind="auto", *, store=STORE, build=None, why=None):
         warn=lambda text: said.append(f"warning: {text}"),
         why_not=lambda _: why,
         build=build or (lambda *a, **k: SimpleNamespace(name="vllm", kv_cache_bytes=3 << 30)),
+        **more,
     )
     return engine.name, said
 
@@ -452,6 +453,9 @@ def test_the_best_engine_that_works_is_chosen_and_its_price_named(lm, monkeypatc
     assert name == "vllm"
     assert said[0].startswith("warning: vLLM holds a copy of the weights, 0.00 GiB")
     assert "builds something else" in said[0]
+
+    with pytest.raises(UserError, match="a copy from the checkpoint would have its own rotations"):
+        choose(lm, "vllm", build=only_a_copy, as_checkpoint=False)
 
     def nothing(*_, **__):
         raise ValueError("no kernel image")
