@@ -66,7 +66,7 @@ for name in "${@:-graphs float16 profile pinned learning learning16 long24 long8
             float16)
                 part float16-products 120 "$python" -m pytest -q -m gpu -s tests/test_quant_gemm_gpu.py -k float16
                 TANDEM_TEST_MODEL=$small part float16-engines 240 "$python" -m pytest -q -m gpu -s tests/test_vllm_gpu.py \
-                    -k f16
+                    -k "f16 or yarn"
                 ;;
             learning) learning learning "tandem trl" ;;
             learning16) learning learning16 tandem model.dtype=float16 ;; # beside `learning`; TRL stays in bfloat16

