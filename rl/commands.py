@@ -149,10 +149,10 @@ def evaluate_run(
     own = run_dir is not None and config == load_run_config(run_dir)
     lm, engine, stop, config = open_model(config, inputs, console)
     checkpoint = latest_checkpoint(run_dir) if run_dir else None
-    if run_dir:
-        load_adapter(lm, checkpoint or _last_adapter(run_dir))
-    step = read_state(checkpoint).step if checkpoint else 0
     with closing(engine):
+        if run_dir:
+            load_adapter(lm, checkpoint or _last_adapter(run_dir))
+        step = read_state(checkpoint).step if checkpoint else 0
         metrics, rows = evaluate(
             engine, inputs.data.eval_prompts, inputs.judge, eval_sampling(config, stop), step, config.eval.score
         )

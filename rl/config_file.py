@@ -195,8 +195,8 @@ def _existing(file: str, folder: Path) -> Path | None:
 
 
 def _by_key(errors: Iterable[Any]) -> list[dict[str, Any]]:
-    """One error a key. Of a value that may be of several types pydantic reports each, with the type's name behind the
-    key's."""
+    """One error a key, or one for each wrong item of it. Of a value that may be of several types pydantic reports each,
+    with the type's name behind the key's."""
     keys = {full for _, full in all_keys()}
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for error in errors:
@@ -207,7 +207,8 @@ def _by_key(errors: Iterable[Any]) -> list[dict[str, Any]]:
             found[where]["msg"] += f", or {error['msg'].removeprefix('Input should be ')}"
         else:
             found[where] = {**error, "loc": where}
-    return list(found.values())
+    holders = {where[:-1] for where in found if where and isinstance(where[-1], int)}
+    return [error for where, error in found.items() if where not in holders]
 
 
 def _is_type(part: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tandem.rl.config import Config, ModelConfig
 from tandem.rl.console import Console
 from tandem.rl.errors import UserError
-from tandem.rl.rope_scaling import stretched
+from tandem.rl.rope_scaling import obstacle, stretched
 from tandem.rl.training_data import TrainingData, longest_sequence
 from tandem.rl.weights import resolve_model
 
@@ -18,7 +18,7 @@ def check_context(config: Config, data: TrainingData, console: Console) -> None:
     Raises:
         UserError: the longest prompt and a completion of full length are longer than what the model takes.
     """
-    context = _context(config.model)
+    context, may_grow = _context(config.model)
     longest = longest_sequence(config, data)
     prompt, completion = longest.prompt, longest.completion
     total = prompt + completion
@@ -35,15 +35,19 @@ def check_context(config: Config, data: TrainingData, console: Console) -> None:
         ways.append(f"set rollout.max_completion_length={context - prompt}")
     if completion < context:
         ways.append(f"set data.max_prompt_length={context - completion}, which leaves longer prompts out")
+    ways = ways or ["shorten both"]
+    if may_grow:
+        ways.append("stretch the context with model.rope_scaling.factor")
     raise UserError(
         f"a prompt of {prompt} tokens and rollout.max_completion_length {completion} are {total} tokens",
         reason=f"the model takes {context}",
-        fix=", or ".join([*(ways or ["shorten both"]), "stretch the context with model.rope_scaling.factor"]),
+        fix=", or ".join(ways),
     )
 
 
-def _context(model: ModelConfig) -> int | None:
-    """Tokens that the model takes by its config.json and `model.max_length`; None where neither says."""
+def _context(model: ModelConfig) -> tuple[int | None, bool]:
+    """Tokens that the model takes by its config.json and `model.max_length`, None where neither says; and whether
+    `model.rope_scaling` would give it more."""
     from transformers import AutoConfig
 
     source = resolve_model(model.model_name_or_path)
@@ -52,7 +56,8 @@ def _context(model: ModelConfig) -> int | None:
             source, revision=model.revision, trust_remote_code=model.trust_remote_code
         ).get_text_config()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
-        return model.max_length  # what is wrong with the model is said when it is loaded
+        return model.max_length, False  # what is wrong with the model is said when it is loaded
     config = stretched(config, model.rope_scaling)
-    limits = [limit for limit in (getattr(config, "max_position_embeddings", None), model.max_length) if limit]
-    return min(limits, default=None)
+    limit, own = getattr(config, "max_position_embeddings", None), model.max_length
+    binds = limit is not None and (own is None or limit < own)
+    return min((one for one in (limit, own) if one), default=None), binds and obstacle(config) is None

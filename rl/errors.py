@@ -33,7 +33,13 @@ class RunStopped(_Explained):
 
 
 class OutOfMemory(UserError):
-    """A pass needs more memory than there is, with everything on that saves some."""
+    """Something needs more memory than there is, with everything on that saves some.
+
+    Attributes:
+        together: all ranks raise it at once, so that they can still do something in common, as saving is.
+    """
+
+    together = False
 
 
 # Allocators and libraries that do not raise torch's own error for it.

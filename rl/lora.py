@@ -45,9 +45,9 @@ def attach_lora(language_model: LanguageModel, config: LoraConfig, *, seed: int)
             wrapped = peft.get_peft_model(model, settings)
     language_model.model = wrapped
     _check_adapted_head(language_model)
-    language_model.adapter = [p for p in wrapped.parameters() if p.requires_grad]
-    for parameter in language_model.adapter:
-        parameter.data = parameter.data.float()
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     wrapped.eval()
 
 

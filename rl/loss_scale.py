@@ -27,19 +27,21 @@ def backward(
 
     Args:
         roots: tensors of the pass with the loss's gradients by them, in float32 or float64; None: it has none.
-        parameters: everything that has a gradient in the pass, in float32.
+        parameters: everything that has a gradient in the pass, in float32; only float16 needs them.
         dtype: that hidden states have.
 
     Raises:
         ValueError: there are no parameters, so that what is scaled could not be scaled back.
     """
     known = [(output, grad.to(output.dtype)) for output, grad in roots if grad is not None]
+    if not known:
+        return
     outputs, grads = [output for output, _ in known], [grad for _, grad in known]
     if dtype != torch.float16:
         torch.autograd.backward(outputs, grads)
         return
     if not parameters:
-        raise ValueError("no parameters that learn are known: attach the adapter with tandem.rl.lora.attach_lora")
+        raise ValueError("there are no parameters that learn")
     # It stays on the device: reading it would wait for the forward pass.
     scale = _scale(grads)
     _multiply(parameters, scale)
@@ -48,12 +50,12 @@ def backward(
 
 
 def _scale(grads: list[torch.Tensor]) -> torch.Tensor:
-    """float32, without a dimension. Where no gradient is known or one is not finite, 1."""
+    """float32, without a dimension. Where there is no gradient but 0, or one that is not finite, 1."""
     sizes = [grad.detach().abs().max().float() for grad in grads if grad.numel()]
     if not sizes:
         return torch.ones((), device=grads[0].device)
-    exponent = torch.log2(_LARGEST / torch.stack(sizes).max()).floor().clamp(-_MOST, _MOST)
-    return torch.where(exponent.isfinite(), exponent, 0.0).exp2()
+    exponent = torch.log2(_LARGEST / torch.stack(sizes).max()).floor()
+    return torch.where(exponent.isfinite(), exponent.clamp(-_MOST, _MOST), 0.0).exp2()
 
 
 def _multiply(parameters: list[torch.nn.Parameter], factor: torch.Tensor) -> None:

@@ -81,7 +81,7 @@ class MemoryGuard:
             if not failures:
                 return result  # type: ignore[return-value]  # there is one where nothing failed
             self._undo(random)
-            self._reduce(packs, failures[0], place, gather)
+            self._reduce(packs, failures[0], place, gather, together=not alone)
 
     def once(self, attempt: Callable[[], object], what: str) -> None:
         """`attempt()`, which nothing here could do with less memory.
@@ -91,10 +91,12 @@ class MemoryGuard:
         """
         _, failure = self._try(lambda _: attempt())
         if distributed.any_rank(failure is not None):
-            raise OutOfMemory(
+            error = OutOfMemory(
                 f"out of memory in step {self._state.step + 1}, for {what}: {failure or 'in another process'}",
                 fix=self._advice(),
             )
+            error.together = True
+            raise error
 
     def _try(self, attempt: Callable[[int], T]) -> tuple[T | None, str | None]:
         """The result, or what was asked for and what there is. When this returns, nothing holds on to the frames of a
@@ -116,7 +118,7 @@ class MemoryGuard:
             torch.cuda.empty_cache()
         random.restore()
 
-    def _reduce(self, packs: Packs, failure: str, place: str, gather: Gather) -> None:
+    def _reduce(self, packs: Packs, failure: str, place: str, gather: Gather, *, together: bool) -> None:
         """Make the next attempt a smaller one, the same on all ranks."""
         rows = max(gather(_largest(packs(self.max_tokens))))
         half = max(rows // 2, 1)
@@ -126,12 +128,14 @@ class MemoryGuard:
             self._state.halved += 1
         change = change or next_measure(self._lm, rows, self.chunk_size)
         if not change:
-            raise OutOfMemory(
+            error = OutOfMemory(
                 f"out of memory {place}: {failure}",
                 reason=f"the largest pack, of {rows:,} tokens, is a single sequence, which cannot be cut, "
                 "and everything that saves memory in its layers and at the head is on",
                 fix=self._advice(),
             )
+            error.together = together
+            raise error
         self._state.reduced |= change
         self._state.reduced_on = self._device
         self._take(change)

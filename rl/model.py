@@ -45,7 +45,6 @@ class LanguageModel:
         device, dtype: where and in what type it computes.
         head: how logits follow from hidden states (scale and soft-cap; temperature is set by the caller).
         max_length: longest sequence in tokens.
-        adapter: the parameters that learn, once attached (`rl.lora`).
         fused: layers with a hand-written backward pass that packs go through, once attached (`rl.fused_layer`).
         checkpoints: recomputation of the model's own layers, once attached (`rl.checkpoint_offload`).
         store: the weights, where the model is made of views of them (`rl.store`).
@@ -58,7 +57,6 @@ class LanguageModel:
     dtype: torch.dtype
     head: HeadOptions
     max_length: int
-    adapter: list[torch.nn.Parameter] = field(default_factory=list)
     fused: Any = None
     checkpoints: Any = None
     store: WeightStore | None = None
@@ -323,7 +321,9 @@ def _dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     if config.dtype == "auto":
         if device.type != "cuda":
             return torch.float32  # the others are emulated on most CPUs
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        # int4's scales are bfloat16, also where a card computes in it slowly.
+        has = torch.cuda.get_device_capability(device) >= (8, 0) or config.quantised_to == "int4"
+        return torch.bfloat16 if has else torch.float16
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
 
 

@@ -19,8 +19,6 @@ class RopeScaling(Section):
     """So many times the original context; None: the model's rotations stay as they are."""
     original_max_position_embeddings: Positive | None = None
     """The context in tokens that is stretched; None: the one in the model's config."""
-    attention_factor: Annotated[Number, Field(gt=0)] | None = None
-    """yarn: scales rotated queries and keys; None: by the factor, as in the paper."""
     beta_fast: Annotated[Number, Field(gt=0)] | None = None
     """yarn: rotations within the original context from which a dimension stays as it is; None: 32."""
     beta_slow: Annotated[Number, Field(gt=0)] | None = None
@@ -28,7 +26,7 @@ class RopeScaling(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RopeScaling:
-        curve = [name for name in ("attention_factor", "beta_fast", "beta_slow") if getattr(self, name) is not None]
+        curve = [name for name in ("beta_fast", "beta_slow") if getattr(self, name) is not None]
         alone = [*curve, *(["original_max_position_embeddings"] * (self.original_max_position_embeddings is not None))]
         if self.factor is None and (alone or self.rope_type != "yarn"):
             name = (alone or ["rope_type"])[0]

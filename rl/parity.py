@@ -25,7 +25,7 @@ from tandem.rl.step import Objective, PolicyBatch, log_probs_of_heads, sequence_
 _WEIGHTS = "other weights, or a stale adapter: an update that did not reach the engine, a prefix cache from before it"
 _SAMPLING = "another temperature, top-p or top-k, or log-probs taken before them"
 _PLACES = "log-probs of other tokens: moved by one place, or of another part of the text"
-# The likeliest first, unless one of the first three was found by trying it out (`explanations`).
+# The likeliest first, unless one of the first three was found by trying it out (`explanation`).
 _CAUSES = (
     _WEIGHTS,
     _SAMPLING,
@@ -34,9 +34,6 @@ _CAUSES = (
     "precision: an fp8 KV cache, 4-bit kernels, bfloat16 beside float32 (model.dtype=float16 rounds finer)",
     "a defect of ours: please report it with these numbers",
 )
-_MOVED, _OFF, _AT = "moved by one token", "with the adapter switched off", "at temperature"
-# How a text of what was found by trying begins, and the cause that it speaks for.
-_EVIDENCE = {_MOVED: _PLACES, _OFF: _WEIGHTS, _AT: _SAMPLING}
 # Temperatures that a mistaken engine may have used, beside no change at all.
 _TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5)
 _EXPLAINED_BY_TOKENS = 2048
@@ -258,7 +255,7 @@ class ParityGate:
             self._last = step
         if not problems:
             return Comparison(found)
-        evidence = explanations(self._lm, self._config, self._head, batch.sequences, engine)
+        evidence = explanation(self._lm, self._config, self._head, batch.sequences, engine)
         if found is None or evidence or self.limits.broken(found):
             return Comparison(found, _failure(problems, evidence, found, place, kept + self._range(found)))
         note = None if self._noted else _rounding(problems, found, place)
@@ -301,12 +298,12 @@ def _rounding(problems: Sequence[str], found: LogProbDifference, place: str) -> 
 
 
 def _failure(
-    problems: Sequence[str], evidence: Sequence[str], found: LogProbDifference | None, place: str, kept: str
+    problems: Sequence[str], evidence: Evidence | None, found: LogProbDifference | None, place: str, kept: str
 ) -> ParityError:
     """What is beyond its limit, what was measured, the likely causes in order, and what to do."""
-    found_out = [cause for start, cause in _EVIDENCE.items() for text in evidence if text.startswith(start)]
-    causes = "\n".join(f"  {number}. {cause}" for number, cause in enumerate(dict.fromkeys((*found_out, *_CAUSES)), 1))
-    measured = "".join(f"{text}.\n" for text in evidence)
+    ordered = dict.fromkeys((*([evidence.cause] if evidence else []), *_CAUSES))
+    causes = "\n".join(f"  {number}. {cause}" for number, cause in enumerate(ordered, 1))
+    measured = f"{evidence.text}.\n" if evidence else ""
     return ParityError(
         f"engine and trainer do not compute the same policy{place and ' '}{place}: {', '.join(problems)}",
         reason=f"{measured}The likely causes, the likeliest first:\n{causes}\nAll numbers: {found or 'none'}",
@@ -335,14 +332,21 @@ class Recorder:
         return rows
 
 
-def explanations(
+class Evidence(NamedTuple):
+    """What was found by trying it out, in words, and which of the causes it speaks for."""
+
+    text: str
+    cause: str
+
+
+def explanation(
     lm: LanguageModel,
     config: Config,
     head: HeadOptions,
     sequences: Sequence[TokenSequence],
     engine: Sequence[Sequence[float]],
-) -> list[str]:
-    """What makes the trainer agree with the engine after all, of the faults that can be tried out; best first.
+) -> Evidence | None:
+    """What makes the trainer agree best with the engine after all, of the faults that can be tried out; None: nothing.
 
     Two forward passes over the first few sequences, without gradients. Only worth it once something is wrong.
 
@@ -369,25 +373,27 @@ def explanations(
     ]
     as_it_is, *at_others = own(head, *others)
     before = _mean_difference(theirs, as_it_is)
-    tried = [(_mean_difference(a, b), text) for text, a, b in _shifted(theirs, as_it_is)]
+    tried = [(_mean_difference(a, b), text, _PLACES) for text, a, b in _shifted(theirs, as_it_is)]
     with lm.model.disable_adapter():
-        tried.append((_mean_difference(theirs, *own(head)), _OFF))
+        tried.append((_mean_difference(theirs, *own(head)), "with the adapter switched off", _WEIGHTS))
     for other, log_probs in zip(others, at_others, strict=True):
-        text = f"{_AT} {other.temperature:g}{' without top-p and top-k' if head.restricted else ''}"
-        tried.append((_mean_difference(theirs, log_probs), text))
+        text = f"at temperature {other.temperature:g}{' without top-p and top-k' if head.restricted else ''}"
+        tried.append((_mean_difference(theirs, log_probs), text, _SAMPLING))
     # Anything that moves numbers nearer by chance does not do so by a factor of five. Where rounding is a part of the
     # difference, it stays when the fault is found.
     factor = 5 if lm.dtype in (torch.float32, torch.float64) else 2
-    found = sorted((value, text) for value, text in tried if value < before / factor)
-    return [f"{text} the two agree ({value:.2g} instead of {before:.2g} nats on average)" for value, text in found[:1]]
+    value, text, cause = min(tried)
+    if value >= before / factor:
+        return None
+    return Evidence(f"{text} the two agree ({value:.2g} instead of {before:.2g} nats on average)", cause)
 
 
 def _shifted(
     engine: Sequence[Sequence[float]], trainer: Sequence[torch.Tensor]
 ) -> Iterator[tuple[str, list[Sequence[float]], list[torch.Tensor]]]:
     """The engine's log-probs one place early and one place late."""
-    yield f"{_MOVED} (the engine's are late)", [row[1:] for row in engine], [row[:-1] for row in trainer]
-    yield f"{_MOVED} (the engine's are early)", [row[:-1] for row in engine], [row[1:] for row in trainer]
+    yield "moved by one token (the engine's are late)", [row[1:] for row in engine], [row[:-1] for row in trainer]
+    yield "moved by one token (the engine's are early)", [row[:-1] for row in engine], [row[1:] for row in trainer]
 
 
 def _mean_difference(engine: Sequence[Sequence[float]], trainer: Sequence[torch.Tensor]) -> float:

@@ -13,27 +13,38 @@ def stretched(config: Any, scaling: RopeScaling) -> Any:
     and a `max_position_embeddings` that is so many times the original one.
 
     Raises:
-        UserError: the model has rotations that are scaled already, other ones for different layers, or none.
+        UserError: the model cannot be stretched, or its context would be no longer than it is.
     """
     if scaling.factor is None:
         return config
     text = config.get_text_config()
-    now = getattr(text, "rope_parameters", None)
+    if (reason := obstacle(text)) is not None:
+        raise UserError(
+            f"model.rope_scaling cannot be applied to this {text.model_type} model",
+            reason=reason,
+            fix="leave model.rope_scaling out",
+        )
+    now = text.max_position_embeddings
+    original = scaling.original_max_position_embeddings or now
+    length = int(original * scaling.factor)
+    if length <= now:
+        raise UserError(
+            f"model.rope_scaling makes the context {original:,} × {scaling.factor:g} = {length:,} tokens long",
+            reason=f"the model's is {now:,} already",
+            fix="raise model.rope_scaling.factor, or leave model.rope_scaling out",
+        )
     given = scaling.model_dump(exclude_none=True)
-    if not isinstance(now, dict) or any(isinstance(value, dict) for value in now.values()):
-        raise UserError(
-            f"model.rope_scaling cannot be applied to a {text.model_type} model",
-            reason="it has no rotations, or other ones for different layers",
-            fix="leave model.rope_scaling out",
-        )
-    if (kind := now.get("rope_type") or "default") != "default":
-        raise UserError(
-            f"model.rope_scaling.factor is {scaling.factor:g}, but the model's config has rotations of the type {kind} "
-            "already",
-            reason="they would be scaled twice",
-            fix="leave model.rope_scaling out",
-        )
-    original = scaling.original_max_position_embeddings or text.max_position_embeddings
-    text.rope_parameters = {**now, **given, "original_max_position_embeddings": original}
-    text.max_position_embeddings = int(original * scaling.factor)
+    text.rope_parameters = {**text.rope_parameters, **given, "original_max_position_embeddings": original}
+    text.max_position_embeddings = length
     return config
+
+
+def obstacle(text: Any) -> str | None:
+    """Why a model with this text config cannot be stretched; None: it can."""
+    now = getattr(text, "rope_parameters", None)
+    if not isinstance(now, dict) or not getattr(text, "max_position_embeddings", None):
+        return "it has no rotations that depend on a position"
+    if any(isinstance(value, dict) for value in now.values()):
+        return "its layers have different rotations"
+    kind = now.get("rope_type") or "default"
+    return None if kind == "default" else f"its rotations are of the type {kind} already, and would be scaled twice"

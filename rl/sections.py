@@ -428,14 +428,14 @@ class ParityConfig(Section):
     check_steps: Positive = 10
     """Hold the numbers against the limits every so many steps, beside the first of every start."""
     max_mean: Annotated[Number, Field(gt=0)] | None = None
-    """Largest mean of |Δ log-prob|, nats per token; None: 0.001 in float32, 0.05 in bfloat16 (5 times that where no
-    fault explains it), 0.15 with an fp8 KV cache (2 times)."""
+    """Largest mean of |Δ log-prob|, nats per token; None: 0.001 in float32, 0.01 in float16 and 0.05 in bfloat16 (5
+    times that where no fault explains it), 0.15 with an fp8 KV cache (2 times)."""
     max_p99: Annotated[Number, Field(gt=0)] | None = None
-    """Largest 99th percentile of |Δ log-prob|, nats; None: 0.01 in float32, 0.5 in bfloat16, 1.5 with an fp8 KV
-    cache, and so many times that."""
+    """Largest 99th percentile of |Δ log-prob|, nats; None: 0.01 in float32, 0.1 in float16, 0.5 in bfloat16, 1.5 with
+    an fp8 KV cache, and so many times that."""
     min_token_ess: Fraction | None = None
-    """Smallest effective sample size of the tokens' importance ratios, as a share; None: 0.99 in float32, 0.8 in
-    bfloat16, 0.5 with an fp8 KV cache."""
+    """Smallest effective sample size of the tokens' importance ratios, as a share; None: 0.99 in float32, 0.95 in
+    float16, 0.8 in bfloat16, 0.5 with an fp8 KV cache."""
     min_sequence_ess: Fraction = 0.0
     """The same for whole completions, whose ratios spread with their length also in sound runs; 0: no limit."""
 

@@ -431,15 +431,16 @@ class Trainer:
         is done, and where it is given up for a notice to end. That is left out where other ranks take part.
 
         Raises:
-            OutOfMemory: see `MemoryGuard`. Abandoned: see `Stopping`; `fit` saves what was before.
+            OutOfMemory: see `MemoryGuard` and `TransformersEngine`; where only some ranks are out of memory, nothing is
+                saved. Abandoned: see `Stopping`; `fit` saves what was before.
         """
         self._rewind.mark()
         alone = abandonable and distributed.world_size() == 1
         try:
             with self._stopping.abandonable() if alone else nullcontext():
                 yield
-        except OutOfMemory:
-            if self._rewind.possible:
+        except OutOfMemory as error:
+            if self._rewind.possible and (error.together or distributed.world_size() == 1):
                 self._rewind.back()
                 self._save()
                 self._console.note(f"a checkpoint from before this step is kept: rl-train resume {self._run_dir}")

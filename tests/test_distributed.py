@@ -182,6 +182,31 @@ def test_a_reward_that_fails_on_one_rank_loses_no_rank_s_completions(place: Path
         assert (run / name).read_bytes() == (right / name).read_bytes(), name
 
 
+# Generating ends without memory on one rank.
+FORGETFUL = """
+import os
+from tandem.rollout.transformers_engine import TransformersEngine
+
+def low(completions):
+    return [float(len(t)) for t in completions]
+
+if os.environ.get("RANK") == "RANK_HERE":
+    def full(*_):
+        raise MemoryError("no room here")
+    TransformersEngine._decode = full
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_memory_that_ends_on_one_rank_ends_the_run(place: Path, rank: str) -> None:
+    """The others wait for that rank, so nothing may be done together any more, and torchrun ends them."""
+    (place / "forgetful.py").write_text(FORGETFUL.replace("RANK_HERE", rank))
+    config = write_config(place, "grpo", f"forgetful_{rank}")
+    done = torchrun(place, 2, "run", config, "rewards.reward_funcs=[forgetful.py:low]", "warmup.max_steps=0")
+    assert done.returncode != 0
+    assert "out of memory while a single completion was generated: no room here" in done.stderr
+
+
 def test_dealt_out_items_come_back_in_order() -> None:
     for count in range(7):
         for ranks in (1, 2, 3):

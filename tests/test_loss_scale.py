@@ -114,7 +114,7 @@ def test_what_was_there_before_stays_to_the_last_bit():
     for grad in (0.0, -0.0):
         hidden = torch.ones(3, dtype=torch.float16, requires_grad=True)
         root = hidden.float().sum()[None]
-        loss_scale.backward([(root, torch.full((1,), grad))], lm.adapter, torch.float16)
+        loss_scale.backward([(root, torch.full((1,), grad))], [p for _, p in trainable(lm)], torch.float16)
     for name, parameter in trainable(lm):
         assert torch.equal(parameter.grad, before[name])
 
@@ -131,6 +131,7 @@ def test_a_gradient_that_is_not_finite_is_seen_as_that(value):
 def test_scales_are_powers_of_two_that_bring_the_largest_to_one_size(size):
     scale = float(loss_scale._scale([torch.tensor([size, -size / 3]), torch.zeros(0)]))
     assert scale == 2.0 ** round(torch.log2(torch.tensor(scale)).item())
+    assert float(loss_scale._scale([torch.tensor([size, torch.inf])])) == 1
     if 1e-9 <= size <= 1e9:
         assert 8 < scale * size <= 16
 
@@ -148,7 +149,12 @@ def test_other_types_are_not_scaled(dtype, monkeypatch):
 
 def test_parameters_that_are_not_known_are_an_error():
     hidden = torch.ones(2, dtype=torch.float16, requires_grad=True)
-    with pytest.raises(ValueError, match="attach_lora"):
+    with pytest.raises(ValueError, match="no parameters that learn"):
         loss_scale.backward([(hidden.float(), torch.ones(2))], [], torch.float16)
     loss_scale.backward([(hidden.float(), torch.ones(2))], [], torch.bfloat16)
     assert hidden.grad is not None
+
+
+def test_nothing_to_learn_from_leaves_everything_as_it_is():
+    for dtype in (torch.float16, torch.bfloat16):
+        loss_scale.backward([(torch.ones(1), None)], [], dtype)

@@ -251,6 +251,8 @@ def test_cards_without_bfloat16_compute_in_float16(capability, dtype, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert _dtype(ModelConfig(model_name_or_path="any"), torch.device("cuda", 0)) == dtype
     assert _dtype(ModelConfig(model_name_or_path="any"), torch.device("cpu")) == torch.float32
+    int4 = ModelConfig(model_name_or_path="any", load_in_4bit=True, weight_format="int4")
+    assert _dtype(int4, torch.device("cuda", 0)) == torch.bfloat16
 
 
 def test_a_model_that_leaves_float16_is_refused_before_it_is_trained(folder, tmp_path):

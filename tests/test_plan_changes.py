@@ -9,6 +9,7 @@ import pytest
 from plan_config import config_of
 from transformers import AutoConfig
 
+from tandem.rl import plan_changes
 from tandem.rl.console import Console
 from tandem.rl.errors import UserError
 from tandem.rl.plan import Longest, changed
@@ -142,15 +143,22 @@ def test_a_cache_of_the_wrong_size_is_to_be_left_open(qwen: ModelShape, gib: flo
     assert sized(qwen, "4090", rollout=SHORT).plan.fits()
 
 
-def test_no_run_is_shrunk_to_nothing(long_qwen: ModelShape) -> None:
+def test_no_run_is_shrunk_to_nothing(monkeypatch) -> None:
     """A rank of 1 and completions of one token would fit, and teach nothing."""
+    shape = shape_of(AutoConfig.for_model(**MODELS["Qwen/Qwen3-4B"]))
     deep = {"data": {"max_prompt_length": 32768}, "rollout": {"max_completion_length": 2048}}
-    for card in ("6", "7", "8", "9"):
-        made = sized(long_qwen, card, **deep)
-        for setting in smallest_change(made.plan, made.free):
-            name, _, value = setting.partition("=")
-            assert name != "lora.r" or int(value) >= 4
-            assert name != "rollout.max_completion_length" or int(value) >= 256
+
+    def proposed() -> set[str]:
+        made = [sized(shape, card, **deep) for card in ("5", "6", "7", "8")]
+        return {setting for one in made for setting in smallest_change(one.plan, one.free)}
+
+    least = {"lora.r": 4, "rollout.max_completion_length": 256}
+    for setting in proposed():
+        name, _, value = setting.partition("=")
+        assert name not in least or int(value) >= least[name], setting
+    monkeypatch.setattr(plan_changes, "_LEAST_RANK", 1)
+    monkeypatch.setattr(plan_changes, "_LEAST_COMPLETION", 0)
+    assert {"lora.r=1", "rollout.max_completion_length=1"} <= proposed(), "these cards would come to that"
 
 
 @pytest.mark.parametrize("groups", [3, 100])

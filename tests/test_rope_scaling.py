@@ -13,7 +13,7 @@ import torch
 from plan_config import config_of
 from run_server import RunServer
 from tiny_run import write_place
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
 
 from tandem.rl.config import LoraConfig, ModelConfig
 from tandem.rl.config_file import load_config, parse_config
@@ -58,7 +58,7 @@ def by_hand(model: Path, to: Path, scaling: dict[str, Any]) -> Any:
     "scaling",
     [
         YARN,
-        {"rope_type": "yarn", "factor": 2.0, "beta_fast": 8.0, "attention_factor": 1.3},
+        {"rope_type": "yarn", "factor": 2.0, "beta_fast": 8.0, "beta_slow": 2.0},
         {"rope_type": "linear", "factor": 3.0},
     ],
     ids=["yarn", "its curve", "linear"],
@@ -113,13 +113,18 @@ def test_the_plan_knows_the_longer_context():
 
 @pytest.mark.parametrize(
     ("config", "words"),
-    [(Gemma3TextConfig(), "other ones for different layers"), (LlamaConfig(rope_parameters=LLAMA3), "type llama3")],
+    [
+        (Gemma3TextConfig(), "its layers have different rotations"),
+        (LlamaConfig(rope_parameters=LLAMA3), "type llama3"),
+        (GPT2Config(), "no rotations"),
+        (LlamaConfig(max_position_embeddings=40_000), r"10,000 × 4 = 40,000 tokens long.*is 40,000 already"),
+    ],
 )
-def test_rotations_that_are_special_already_are_left_alone(config, words):
+def test_models_that_cannot_be_stretched_are_left_alone(config, words):
     before = config.to_dict()
     assert stretched(config, RopeScaling()) is config
-    with pytest.raises(UserError, match=words):
-        stretched(config, RopeScaling(factor=4))
+    with pytest.raises(UserError, match=f"(?s){words}"):
+        stretched(config, RopeScaling(factor=4, original_max_position_embeddings=10_000))
     assert config.to_dict() == before
 
 
