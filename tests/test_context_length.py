@@ -84,7 +84,8 @@ def test_a_model_that_cannot_be_read_is_left_to_its_own_error(tmp_path: Path) ->
 def test_stretching_is_proposed_where_it_helps(model: str, tmp_path: Path) -> None:
     words = "model.rope_scaling.factor"
     assert words in problem(config_of(model, completion=60), prompts_of(8))
-    limited = config_of(model, completion=60, model={"model_name_or_path": model, "max_length": 32})
+    limited = config_of(model, completion=60)
+    limited.model.max_length = 32
     assert words not in problem(limited, prompts_of(8))
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     LlamaConfig(max_position_embeddings=CONTEXT, rope_parameters=scaled).save_pretrained(tmp_path / "scaled")
