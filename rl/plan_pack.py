@@ -21,7 +21,8 @@ from tandem.rl.plan_shape import Linear, Projections
 
 # Ids, positions, rows, targets, log-probs, weights, advantages of a token: int64 and float64 for the most part.
 _TOKEN_BYTES = 160
-# cuBLAS's for the stream on which passes are recorded, on Hopper; elsewhere 16 MiB.
+# What recordings of two models held on an H200 beyond their own tensors (about 60 MiB, equal for both): the size of
+# cuBLAS's workspace there, for the stream on which passes are recorded. Taken to be that, not traced to it.
 _RECORDED_WORKSPACE = 64 << 20
 
 
