@@ -35,11 +35,13 @@ class RunStopped(_Explained):
 class OutOfMemory(UserError):
     """Something needs more memory than there is, with everything on that saves some.
 
-    Attributes:
+    Args:
         together: all ranks raise it at once, so that they can still do something in common, as saving is.
     """
 
-    together = False
+    def __init__(self, problem: str, *, reason: str = "", fix: str = "", together: bool = False) -> None:
+        super().__init__(problem, reason=reason, fix=fix)
+        self.together = together
 
 
 # Allocators and libraries that do not raise torch's own error for it.

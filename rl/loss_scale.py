@@ -21,13 +21,15 @@ _MOST = 40
 
 
 def backward(
-    roots: Iterable[tuple[torch.Tensor, torch.Tensor | None]], parameters: list[torch.nn.Parameter], dtype: torch.dtype
+    roots: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
+    parameters: Iterable[torch.nn.Parameter],
+    dtype: torch.dtype,
 ) -> None:
     """Add to the parameters' `.grad` as `torch.autograd.backward` does.
 
     Args:
         roots: tensors of the pass with the loss's gradients by them, in float32 or float64; None: it has none.
-        parameters: everything that has a gradient in the pass, in float32; only float16 needs them.
+        parameters: everything that has a gradient in the pass, in float32; looked at in float16 alone.
         dtype: that hidden states have.
 
     Raises:
@@ -40,13 +42,14 @@ def backward(
     if dtype != torch.float16:
         torch.autograd.backward(outputs, grads)
         return
-    if not parameters:
+    learning = list(parameters)
+    if not learning:
         raise ValueError("there are no parameters that learn")
     # It stays on the device: reading it would wait for the forward pass.
     scale = _scale(grads)
-    _multiply(parameters, scale)
+    _multiply(learning, scale)
     torch.autograd.backward(outputs, [grad * scale.to(grad.dtype) for grad in grads])
-    _multiply(parameters, 1 / scale)
+    _multiply(learning, 1 / scale)
 
 
 def _scale(grads: list[torch.Tensor]) -> torch.Tensor:

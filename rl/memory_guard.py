@@ -91,12 +91,11 @@ class MemoryGuard:
         """
         _, failure = self._try(lambda _: attempt())
         if distributed.any_rank(failure is not None):
-            error = OutOfMemory(
+            raise OutOfMemory(
                 f"out of memory in step {self._state.step + 1}, for {what}: {failure or 'in another process'}",
                 fix=self._advice(),
+                together=True,
             )
-            error.together = True
-            raise error
 
     def _try(self, attempt: Callable[[int], T]) -> tuple[T | None, str | None]:
         """The result, or what was asked for and what there is. When this returns, nothing holds on to the frames of a
@@ -128,14 +127,13 @@ class MemoryGuard:
             self._state.halved += 1
         change = change or next_measure(self._lm, rows, self.chunk_size)
         if not change:
-            error = OutOfMemory(
+            raise OutOfMemory(
                 f"out of memory {place}: {failure}",
                 reason=f"the largest pack, of {rows:,} tokens, is a single sequence, which cannot be cut, "
                 "and everything that saves memory in its layers and at the head is on",
                 fix=self._advice(),
+                together=together,
             )
-            error.together = together
-            raise error
         self._state.reduced |= change
         self._state.reduced_on = self._device
         self._take(change)

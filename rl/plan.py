@@ -246,6 +246,11 @@ class Ledger:
             low, high = (middle, high) if self._generates_at_once(middle, self.work.length) else (low, middle - 1)
         return low
 
+    @property
+    def at_once(self) -> int:
+        """How many of them a step generates at once."""
+        return min(self.in_flight, self.work.in_flight)
+
     def fits(self, tokens: int | None = None) -> bool:
         """Whether a whole step with sequences of `tokens` (None: the planned ones) fits."""
         wanted = self.work.length if tokens is None else tokens
@@ -294,7 +299,7 @@ class Ledger:
     @cached_property
     def seconds(self) -> dict[str, float]:
         """Estimated seconds of a step (one rollout and its updates) by part, all sequences being of full length."""
-        at_once = min(self.work.in_flight, self.in_flight) if self.work.generates else 1
+        at_once = self.at_once if self.work.generates else 1
         work = replace(self.work, in_flight=max(at_once, 1))
         return step_seconds(self.setup, work, self.peak_pack, self.pack, self.device)
 

@@ -181,7 +181,7 @@ def _tried(plan: Ledger, name: str, changes: dict[str, dict[str, Any]]) -> Chang
         setting=name,
         fits=sized.fits(),
         longest=made.roomiest.longest,
-        in_flight=min(sized.in_flight, sized.work.in_flight),
+        in_flight=sized.at_once,
         training=sized.training().bytes,
         rollout=_bytes(sized.rollout()),
         seconds=sum(sized.seconds.values()),

@@ -74,7 +74,7 @@ def as_dict(sizing: Sizing) -> dict[str, Any]:
         "longest": roomiest.longest,
         "limits": roomiest.limits,
         "binding": roomiest.binding,
-        "in_flight": {"wanted": free.work.in_flight, "at_once": _at_once(plan), "fits": free.in_flight}
+        "in_flight": {"wanted": free.work.in_flight, "at_once": plan.at_once, "fits": free.in_flight}
         if free.work.generates
         else None,
         "seconds": plan.seconds,
@@ -175,7 +175,7 @@ def _limit_rows(sizing: Sizing) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"sequences of {plan.work.length:,} at once",
-                f"{_at_once(sizing.plan):,} of {plan.work.in_flight:,}; the whole card would hold {plan.in_flight:,}",
+                f"{sizing.plan.at_once:,} of {plan.work.in_flight:,}; the whole card would hold {plan.in_flight:,}",
             )
         )
         rows.append(("KV cache of a token", f"{plan.kv_bytes_per_token / 1024:.0f} KiB"))
@@ -230,8 +230,8 @@ def verdict(sizing: Sizing) -> str:
     if plan.fits():
         binding = sizing.roomiest.binding
         text = f"It fits. {binding[0].upper()}{binding[1:]} is the first limit of length. {_time(plan)}"
-        if plan.work.generates and (at_once := _at_once(plan)) < sizing.free.work.in_flight:
-            text += f" Only {at_once:,} of {sizing.free.work.in_flight:,} are made at once, so that others wait."
+        if plan.work.generates and plan.at_once < sizing.free.work.in_flight:
+            text += f" Only {plan.at_once:,} of {sizing.free.work.in_flight:,} are made at once, so that others wait."
         return text
     reason = _reason(plan)
     if settings := smallest_change(plan, sizing.free):
@@ -266,11 +266,6 @@ def _reason(plan: Ledger) -> str:
     if device.host is not None and (need := sum(plan.host.values())) > device.host:
         return f"host memory of {_gib(need)} GiB is needed, of {device.host_gib:.1f}"
     return f"{plan.binding} lets {plan.longest:,} tokens through, and {plan.work.length:,} are planned for"
-
-
-def _at_once(plan: Ledger) -> int:
-    """Sequences that a step generates at once."""
-    return min(plan.in_flight, plan.work.in_flight)
 
 
 def _rollout(plan: Ledger) -> int:

@@ -125,9 +125,7 @@ def log_probs_of_heads(
 
 def add_gradients(lm: LanguageModel, roots: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
     """Add to the adapter's `.grad` what follows from the loss's gradients by `roots`, a pack's values by token."""
-    # Only float16 asks for them, for which alone the walk through all modules is made.
-    learning = [p for p in lm.model.parameters() if p.requires_grad] if lm.dtype == torch.float16 else []
-    loss_scale.backward(roots, learning, lm.dtype)
+    loss_scale.backward(roots, (p for p in lm.model.parameters() if p.requires_grad), lm.dtype)
 
 
 def policy_backward(

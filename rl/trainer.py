@@ -21,7 +21,7 @@ from tandem.rl.checkpoint import State, save_checkpoint, save_final_adapter
 from tandem.rl.config import Config
 from tandem.rl.console import Console
 from tandem.rl.divergence import divergence_error
-from tandem.rl.errors import RunStopped, UserError
+from tandem.rl.errors import OutOfMemory, RunStopped, UserError
 from tandem.rl.evaluate import Judge
 from tandem.rl.experience import (
     advantages_to,
@@ -36,7 +36,7 @@ from tandem.rl.held_out import SCORES, held_out
 from tandem.rl.journal import write_rollouts
 from tandem.rl.lora import trainable
 from tandem.rl.memory_advice import memory_advice
-from tandem.rl.memory_guard import MemoryGuard, OutOfMemory
+from tandem.rl.memory_guard import MemoryGuard
 from tandem.rl.memory_metrics import MemoryMeter
 from tandem.rl.metrics import Meter
 from tandem.rl.model import LanguageModel

@@ -30,10 +30,9 @@ def open_engine(
     language_model: LanguageModel,
     *,
     store: Any,
-    source: str | Path,
+    source: str | Path | None,
     load_in_4bit: bool,
     options: VllmOptions,
-    as_checkpoint: bool = True,
     max_in_flight: int | None = None,
     note: Say,
     warn: Say,
@@ -45,8 +44,8 @@ def open_engine(
     Args:
         kind: auto, vllm or transformers.
         store: the weights that the trainer computes with; None: the trainer's model has others (see `source`).
-        source: the checkpoint that a copy would be loaded from; load_in_4bit: as NF4; as_checkpoint: that would be
-            the trainer's model.
+        source: the checkpoint that a copy would be loaded from, load_in_4bit: as NF4; None: none is the trainer's
+            model, which has other rotations.
         note, warn: told what is used and what it costs.
         why_not, build: exchanged by tests.
 
@@ -61,9 +60,7 @@ def open_engine(
         return fallback()
     reason = (why_not or unusable)(language_model)
     if reason is None:
-        engine, reason = _vllm(
-            language_model, store, source, load_in_4bit, options, note, warn, build, as_checkpoint=as_checkpoint
-        )
+        engine, reason = _vllm(language_model, store, source, load_in_4bit, options, note, warn, build)
         if engine is not None:
             return engine
     if kind == "vllm":
@@ -86,14 +83,12 @@ def unusable(language_model: LanguageModel) -> str | None:
 def _vllm(
     language_model: LanguageModel,
     store: Any,
-    source: str | Path,
+    source: str | Path | None,
     load_in_4bit: bool,
     options: VllmOptions,
     note: Say,
     warn: Say,
     build: Callable[..., RolloutEngine],
-    *,
-    as_checkpoint: bool,
 ) -> tuple[RolloutEngine | None, str]:
     """An engine, or the reason for none."""
     reason = "the model was loaded without a weight store"
@@ -115,7 +110,7 @@ def _vllm(
             return RestartingEngine(engine, shared, warn=warn), ""
     if store is not None and store.format not in ("nf4", "bf16"):
         return None, f"{reason}; and vLLM has no {store.format} of its own that would be the same weights"
-    if not as_checkpoint:
+    if source is None:
         return None, f"{reason}; and a copy from the checkpoint would have its own rotations (model.rope_scaling)"
     copy = copy_bytes(language_model)
     if free_bytes(language_model.device) < copy + HEADROOM:

@@ -151,7 +151,9 @@ def test_what_is_tried_and_injected_is_what_a_run_of_the_tests_reported():
 def test_what_is_said_of_float16_and_of_a_long_run_is_in_the_results():
     text, plan = (" ".join((ROOT / name).read_text("utf-8").split()) for name in ("README.md", "docs/plan.md"))
     results = ROOT / "benchmarks" / "results"
-    runs = json.loads((results / "float16-h200-2026-11-30.json").read_text("utf-8"))["runs"]
+    stored = json.loads((results / "float16-h200-2026-11-30.json").read_text("utf-8"))
+    runs, check = stored["runs"], stored["check"]
+    assert f"{check['float16']['p99']:.3f} against {check['bfloat16']['p99']:.2f} at the 99th percentile" in text
     apart = [step["apart"] for run in runs for step in run["steps"]]
     assert [len(run["steps"]) for run in runs] == [20, 20]
     assert f"at most {max(one['p99'] for one in apart):.3f} at the 99th percentile in every step" in text

@@ -420,20 +420,19 @@ def test_an_adapter_on_the_head_is_refused(folder, lm):
 STORE = SimpleNamespace(format="nf4")
 
 
-def choose(lm, kind="auto", *, store=STORE, build=None, why=None, **more):
+def choose(lm, kind="auto", *, store=STORE, source="folder", build=None, why=None):
     said: list[str] = []
     engine = open_engine(
         kind,
         lm,
         store=store,
-        source="folder",
+        source=source,
         load_in_4bit=True,
         options=VllmOptions(),
         note=lambda text: said.append(f"note: {text}"),
         warn=lambda text: said.append(f"warning: {text}"),
         why_not=lambda _: why,
         build=build or (lambda *a, **k: SimpleNamespace(name="vllm", kv_cache_bytes=3 << 30)),
-        **more,
     )
     return engine.name, said
 
@@ -455,7 +454,7 @@ def test_the_best_engine_that_works_is_chosen_and_its_price_named(lm, monkeypatc
     assert "builds something else" in said[0]
 
     with pytest.raises(UserError, match="a copy from the checkpoint would have its own rotations"):
-        choose(lm, "vllm", build=only_a_copy, as_checkpoint=False)
+        choose(lm, "vllm", build=only_a_copy, source=None)
 
     def nothing(*_, **__):
         raise ValueError("no kernel image")
