@@ -7,14 +7,14 @@ Every system runs in a process of its own: the same checkpoint, CUDA graphs for 
 adapter of rank 32 on all seven projections, and log-probs of the sampled tokens. `decode`: prompts of 64 random tokens
 and 128 new ones; `tokens_per_s` is the whole call, `decode_tokens_per_s` what is left after the time of a call for one
 token. `start`: seconds until the engine answers. `ledger`: bytes by kind. `phases`: medians over `--cycles` cycles of
-sleep, wake, push and generate, and how far the device's memory drifted. `parity`: engine against trainer log-probs.
+sleep, wake, push and generate, and how far the device's memory drifted. `parity`: |difference of log-probs| of the
+engine and the trainer, whose packs go through the fused layers; and beside that, of stock vLLM and transformers.
 `agreement`: share of prompts whose 64 greedy tokens are those of the stock engine on the same weights, for 64 prompts
-(the fused 4-bit product) and for 96 (the weight unpacked for cuBLAS, as stock vLLM does it), with logits in float32 and
-with logits rounded to bfloat16, as stock vLLM rounds them. A checkpoint with a tokenizer is asked questions, others
-get random tokens.
+(the fused 4-bit product) and for 96 (the weight unpacked for cuBLAS). A checkpoint with a tokenizer is asked questions,
+others get random tokens.
 `-uncompiled` captures CUDA graphs of vLLM's own kernels, without torch.compile (rollout.torch_compile=false);
-`-unseeded` samples from one random stream (rollout.seed_per_completion=false); `-apart` multiplies as vLLM does with
-bitsandbytes, projection by projection by the dequantised weight, to be compared with it.
+`-unseeded` samples from one random stream (rollout.seed_per_completion=false); `-stock` rounds as stock vLLM
+(rollout.numerics=stock).
 With `--together` all systems start at once, which takes the time of one, and then measure in turn while the others
 wait; what is in use on the device is then everybody's, and is not reported.
 Writes `benchmarks/results/rollout-DEVICE-DATE.json`, anew after every system.
@@ -43,12 +43,18 @@ SYSTEMS = (
     "vllm-bnb",
     "vllm-bf16",
     *(f"tandem-{one}{how}" for how in ("", "-uncompiled", "-unseeded") for one in FORMATS),
-    "tandem-nf4-apart",
+    "tandem-nf4-stock",
+    "tandem-bf16-stock",
 )
 RANK, NEW, GREEDY = 32, 128, 64
 AGREEMENT_BATCHES = (64, 96)
 # The engine whose weights are the same, bit for bit.
-TWINS = {"tandem-nf4": "vllm-bnb", "tandem-nf4-apart": "vllm-bnb", "tandem-bf16": "vllm-bf16"}
+TWINS = {
+    "tandem-nf4": "vllm-bnb",
+    "tandem-nf4-stock": "vllm-bnb",
+    "tandem-bf16": "vllm-bf16",
+    "tandem-bf16-stock": "vllm-bf16",
+}
 COLUMNS = (
     "kind",
     "batch",
@@ -91,6 +97,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--layers", type=int, help="with --shape: so many layers only")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=[s for s in SYSTEMS if s != "vllm-bf16"])
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="what is computed in")
+    parser.add_argument("--asked", type=int, default=64, help="prompts whose log-probs are compared")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128, 256])
     parser.add_argument("--cycles", type=int, default=20)
     parser.add_argument("--kv-gib", type=float, default=8.0)
@@ -189,16 +197,15 @@ def run(worker: str, argv: list[str], timeout: float) -> tuple[dict[str, list[An
 
 
 def agreements(system: str, arguments: argparse.Namespace, stock: Path, own: Path) -> list[dict[str, Any]]:
-    """Share of prompts with the same greedy tokens, for each number of prompts and kind of logits."""
+    """Share of prompts with the same greedy tokens, for each number of prompts."""
     expected, found = json.loads(stock.read_text())["greedy"], json.loads(own.read_text())["greedy"]
     rows = []
-    for what, answers in found.items():
-        batch = len(answers)
-        pairs = list(zip(expected[str(batch)], answers, strict=True))
-        equal = sum(a == b for a, b in pairs) / batch
+    for batch, answers in found.items():
+        pairs = list(zip(expected[batch], answers, strict=True))
+        equal = sum(a == b for a, b in pairs) / len(answers)
         first = [next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a)) for a, b in pairs]
         shared = statistics.fmean(first)
-        rows.append(row(system, arguments, kind="agreement", what=what, batch=batch, share=equal, same_tokens=shared))
+        rows.append(row(system, arguments, kind="agreement", batch=int(batch), share=equal, same_tokens=shared))
     return rows
 
 
@@ -234,7 +241,8 @@ class Stock:
         self.api = load_api()
         cache = int(arguments.kv_gib * GIB)
         device = torch.device("cuda")
-        given = engine_arguments(options(arguments, []), 1024, cache, RANK, TARGETS, torch.bfloat16, device)
+        dtype = getattr(torch, arguments.dtype)
+        given = engine_arguments(options(arguments, []), 1024, cache, RANK, TARGETS, dtype, device)
         self.llm = self.api.LLM(str(arguments.model), **given, quantization=quantization, worker_cls=self.api.worker)
         self.llm.collective_rpc("policy_stacks", args=(8,))
 
@@ -278,19 +286,20 @@ class Ours:
 
         from tandem.kernels.linear_logprob import HeadOptions
         from tandem.rl.config import LoraConfig
+        from tandem.rl.fused_layer import FusedLayers
         from tandem.rl.lora import attach_lora
         from tandem.rl.model import LanguageModel
         from tandem.rl.store import WeightStore
-        from tandem.rollout import stored_linear
         from tandem.rollout.vllm_engine import VllmEngine
 
-        stored_linear.as_bitsandbytes = "apart" in how
-        self.store = WeightStore.open(arguments.model, format=format, device="cuda")
+        dtype = getattr(torch, arguments.dtype)
+        self.store = WeightStore.open(arguments.model, format=format, device="cuda", dtype=dtype)
         self.used_by_store = used()
         tokenizer = SimpleNamespace(pad_token_id=0)
         model, device = self.store.causal_lm(), torch.device("cuda")
-        self.lm = LanguageModel(model, tokenizer, device, torch.bfloat16, HeadOptions(), 1024)
+        self.lm = LanguageModel(model, tokenizer, device, dtype, HeadOptions(), 1024)
         attach_lora(self.lm, LoraConfig(r=RANK, target_modules=TARGETS), seed=0)
+        FusedLayers(offload=False).attach(self.lm)
         self.used_by_trainer = used()
         self.engine = VllmEngine(self.lm, self.store, options(arguments, how))
 
@@ -299,12 +308,6 @@ class Ours:
 
     def greedy(self, arguments: argparse.Namespace, batch: int) -> list[list[int]]:
         return self.generate(questions(arguments.model, batch, seed=2), sampling(GREEDY, temperature=0.0))
-
-    def round_logits(self, rounded: bool) -> None:
-        def switch(model: Any) -> None:
-            model.lm_head.quant_method.rounded = rounded
-
-        self.engine._llm.apply_model(switch)
 
 
 def options(arguments: argparse.Namespace, how: list[str]) -> Any:
@@ -317,6 +320,7 @@ def options(arguments: argparse.Namespace, how: list[str]) -> Any:
         enforce_eager=arguments.eager,
         torch_compile="uncompiled" not in how,
         seed_per_completion="unseeded" not in how,
+        stock_numerics="stock" in how,
         cudagraph_sizes=tuple(sorted(arguments.batches)),
     )
 
@@ -339,14 +343,11 @@ def work(system: str, arguments: argparse.Namespace) -> None:
     if isinstance(made, Stock):
         if arguments.tokens:
             greedy = {str(batch): made.greedy(arguments, batch) for batch in AGREEMENT_BATCHES}
-            groups = made.scored(questions(arguments.model, 16, seed=5), sampling(GREEDY))
+            groups = made.scored(questions(arguments.model, arguments.asked, seed=5), sampling(GREEDY))
             arguments.tokens.write_text(json.dumps({"greedy": greedy, "groups": groups}))
         return
     if arguments.tokens:
-        greedy = {f"{batch} prompts, float32 logits": made.greedy(arguments, batch) for batch in AGREEMENT_BATCHES}
-        made.round_logits(True)
-        greedy |= {f"{batch} prompts, rounded logits": made.greedy(arguments, batch) for batch in AGREEMENT_BATCHES}
-        made.round_logits(False)
+        greedy = {str(batch): made.greedy(arguments, batch) for batch in AGREEMENT_BATCHES}
         arguments.tokens.write_text(json.dumps({"greedy": greedy}))
     if not arguments.together:
         ledger(system, arguments, made)
@@ -409,27 +410,42 @@ def ledger(system: str, arguments: argparse.Namespace, made: Ours) -> None:
 
 
 def parities(system: str, arguments: argparse.Namespace, made: Ours, what: str) -> None:
-    """The engine against the trainer's model; before an update also stock vLLM against it, and rounding by itself."""
+    """The engine against the trainer; before an update also against transformers on the trainer's model, stock vLLM
+    against that, and rounding by itself."""
     from tandem.rl.samples import Sampling
 
     groups = made.engine.generate(
-        questions(arguments.model, 16, seed=5), Sampling(max_completion_length=GREEDY, seed=3)
+        questions(arguments.model, arguments.asked, seed=5), Sampling(max_completion_length=GREEDY, seed=3)
     )
     rows = [(g.prompt.ids, g.completions[0].ids, g.completions[0].log_probs) for g in groups]
-    own = transformers_log_probs(made.lm.model, rows)
-    say(system, arguments, kind="parity", what=what, **spread([r[2] for r in rows], own))
+    own = [r[2] for r in rows]
+    say(system, arguments, kind="parity", what=what, **spread(own, trainer_log_probs(made.lm, rows)))
     stock = arguments.tokens.parent / f"{TWINS.get(system)}.json" if arguments.tokens else None
     if what == "first step" and stock is not None and stock.is_file():
+        batched = transformers_log_probs(made.lm.model, rows)
+        say(system, arguments, kind="parity", what="engine against transformers", **spread(own, batched))
         theirs = json.loads(stock.read_text())["groups"]
         found = spread([r[2] for r in theirs], transformers_log_probs(made.lm.model, theirs))
         say(system, arguments, kind="parity", what=f"{TWINS[system]} against transformers, same weights", **found)
         alone = transformers_log_probs(made.lm.model, rows, one_by_one=True)
-        found = spread([o.tolist() for o in alone], own)
+        found = spread([o.tolist() for o in alone], batched)
         say(system, arguments, kind="parity", what="transformers, batched against one by one", **found)
 
 
+def trainer_log_probs(lm: Any, rows: list[Any]) -> list[Any]:
+    """As the trainer scores rollouts: packed, through the fused layers, with float32 logits."""
+    from tandem.rl.model import with_sampling
+    from tandem.rl.packing import pack
+    from tandem.rl.samples import Sequence
+    from tandem.rl.step import sequence_log_probs
+
+    sequences = [Sequence(prompt, ids, [True] * len(ids)) for prompt, ids, _ in rows]
+    head = with_sampling(lm.head, temperature=1.0, top_k=0, top_p=1.0, chunk_size=1024)
+    return sequence_log_probs(lm, pack(sequences, 4096, share_prefix=False), len(sequences), head)[0]
+
+
 def transformers_log_probs(model: Any, rows: list[Any], *, one_by_one: bool = False) -> list[Any]:
-    """Log-probs of the completions: each on its own, or all of a length's in one batch, where sums are ordered
+    """Log-probs of the completions: each on its own, or those of one length in batches of 16, where sums are ordered
     differently and nothing else is."""
     import torch
 
@@ -437,8 +453,9 @@ def transformers_log_probs(model: Any, rows: list[Any], *, one_by_one: bool = Fa
     lengths: dict[tuple[int, int], list[int]] = {}
     for number, (prompt, completion, _) in enumerate(rows):
         lengths.setdefault((len(prompt), number if one_by_one else len(completion)), []).append(number)
+    batches = [(key[0], many[i : i + 16]) for key, many in lengths.items() for i in range(0, len(many), 16)]
     with torch.no_grad():
-        for (start, _), numbers in lengths.items():
+        for start, numbers in batches:
             ids = torch.tensor([[*rows[n][0], *rows[n][1]] for n in numbers]).cuda()
             logits = model(input_ids=ids).logits[:, start - 1 : -1].float()
             chosen = logits.log_softmax(-1).gather(-1, ids[:, start:, None])[..., 0].cpu()

@@ -2,7 +2,7 @@
 # The GPU benchmarks one after the other, so that each has the card to itself.
 #
 #   benchmarks/run_all.sh OUT SMOLLM2 [part ...]        parts: graphs float16 profile pinned learning learning16 long24
-#                                                       long80 peaks rollout apart steps run200 (all of them without a
+#                                                       long80 peaks rollout stock steps run200 (all of them without a
 #                                                       name, in this order)
 #
 # OUT gets the results, a log of each part and `timeline`, a line for every part that has ended: seconds since the start,
@@ -47,7 +47,7 @@ learning() { # NAME SYSTEMS [KEY=VALUE ...]
         --eval-steps 20 --together --vllm-share 0.13 --timeout 780 --out "$out/$name" ${1:+--set "$@"}
 }
 
-for name in "${@:-graphs float16 profile pinned learning learning16 long24 long80 peaks rollout apart steps run200}"; do
+for name in "${@:-graphs float16 profile pinned learning learning16 long24 long80 peaks rollout stock steps run200}"; do
     for one in $name; do
         case $one in
             graphs)
@@ -77,10 +77,15 @@ for name in "${@:-graphs float16 profile pinned learning learning16 long24 long8
                 large_checkpoint
                 part rollout 560 "$python" benchmarks/rollout.py "$large" --together --timeout 550 --out "$out"
                 ;;
-            apart)
+            stock)
                 large_checkpoint
-                part apart 400 "$python" benchmarks/rollout.py "$large" --systems vllm-bnb tandem-nf4-apart --batches 32 \
-                    --cycles 1 --kv-gib 3 --together --timeout 390 --out "$out"
+                part stock 400 "$python" benchmarks/rollout.py "$large" --systems vllm-bnb tandem-nf4 tandem-nf4-stock \
+                    --batches 32 --cycles 1 --kv-gib 3 --together --timeout 390 --out "$out/stock"
+                for dtype in bfloat16 float16; do
+                    part "small-$dtype" 400 "$python" benchmarks/rollout.py "$small" --dtype "$dtype" --systems vllm-bnb \
+                        tandem-nf4 tandem-nf4-stock vllm-bf16 tandem-bf16 tandem-bf16-stock --batches 64 --cycles 5 \
+                        --kv-gib 2 --together --timeout 390 --out "$out/$dtype"
+                done
                 ;;
             steps)
                 large_checkpoint

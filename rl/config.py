@@ -165,6 +165,11 @@ class Config(Section):
                 f"algorithm.epsilon_high is {self.algorithm.epsilon_high}: for cispo it is the largest ratio, "
                 "so it must be at least 1, for example 5"
             )
+        if self.rollout.numerics == "stock" and self.model.quantised_to in ("int4", "fp8"):
+            raise ValueError(
+                f"rollout.numerics is 'stock', and the weights are {self.model.quantised_to}, which no stock vLLM has: "
+                "use nf4 or unquantised weights, or leave it out"
+            )
         self._check_turns()
         if self.environment.factory is not None and not self.rewards.reward_funcs:
             self.rewards.reward_funcs = [RewardSpec(function="environment")]

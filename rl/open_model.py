@@ -145,6 +145,7 @@ def vllm_options(config: Config, inputs: Inputs) -> VllmOptions:
         max_num_seqs=rollout.max_in_flight or IN_FLIGHT,
         kv_cache_gib=rollout.kv_cache_gib,
         kv_cache_dtype=rollout.kv_cache_dtype,
+        stock_numerics=rollout.numerics == "stock",
         enforce_eager=bool(rollout.enforce_eager),
         torch_compile=rollout.torch_compile,
         seed_per_completion=rollout.seed_per_completion,

@@ -166,6 +166,9 @@ class RolloutConfig(Section):
     is free."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """vllm: fp8 halves the KV cache and adds mismatch with the trainer: keep algorithm.rollout_correction on."""
+    numerics: Literal["trainer", "stock"] = "trainer"
+    """vllm: trainer: logits in float32, as the trainer has them, and fused 4-bit products; stock: all as in a vLLM that
+    loads the checkpoint itself (with bitsandbytes, for NF4), whose greedy tokens these then are. Slower."""
     enforce_eager: bool | None = None
     """vllm: no compilation and no CUDA graphs: starts in seconds, decodes several times slower; None: for a run that is
     over before compiling would have paid."""

@@ -20,9 +20,6 @@ from tandem.kernels.int4_marlin import MarlinScratch, int4_linear
 from tandem.kernels.nf4 import write_nf4_stack
 
 BLOCK, OUTER_BLOCK = 64, 256
-# Products as vLLM has them for bitsandbytes: always of the dequantised weight, and one for each part. Only to be
-# compared with it, token by token; to be set before an engine captures its graphs.
-as_bitsandbytes = False
 _library = torch.library.Library("tandem", "FRAGMENT")
 _scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
@@ -50,6 +47,7 @@ def stored_linear(
     offsets: torch.Tensor | None,
     part_rows: Sequence[int],
     bias: torch.Tensor | None,
+    as_bitsandbytes: bool = False,
 ) -> torch.Tensor:
     """`x [..., in]` times the transposed weight `[out, in]`, plus `bias [out]`.
 
@@ -57,6 +55,7 @@ def stored_linear(
         packed … offsets: an NF4 weight as the store keeps it (`rl.store`); the last three are None where the scales
             are float32 (no double quantisation).
         part_rows: outputs of each part, in order; each part was quantised on its own.
+        as_bitsandbytes: as stock vLLM multiplies: always by the dequantised weight, and part by part.
     """
     rows = x.reshape(-1, x.shape[-1])
     few = rows.is_cuda and 0 < rows.shape[0] <= nf4_gemm.BEST_UP_TO_ROWS
@@ -128,6 +127,7 @@ def _shape_of(
     offsets: torch.Tensor | None,
     part_rows: Sequence[int],
     bias: torch.Tensor | None,
+    as_bitsandbytes: bool = False,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], sum(part_rows))
 
@@ -152,7 +152,7 @@ def _int4_shape_of(
 
 _library.define(
     "stored_linear(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offsets, "
-    "int[] part_rows, Tensor? bias) -> Tensor",
+    "int[] part_rows, Tensor? bias, bool as_bitsandbytes=False) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 _library.define(

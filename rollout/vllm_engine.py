@@ -88,7 +88,10 @@ class VllmEngine:
         self._stream: Any = None
         with preserved(ENVIRONMENT, quiet=_LOGGERS):
             self._api = api or load_api()
-            with self._api.sharing(store) if store is not None else nullcontext({}) as shared:
+            share = nullcontext({})
+            if store is not None:
+                share = self._api.sharing(store, stock_numerics=options.stock_numerics)
+            with share as shared:
                 model = config_folder(config, type(language_model.causal_lm).__name__) if store is not None else source
                 weights = shared or {"quantization": source_quantization}
                 arguments = engine_arguments(
@@ -427,7 +430,7 @@ def load_api() -> Any:
         release_scratch()
         release_pools(asleep=asleep)
 
-    sharing: Callable[[Any], AbstractContextManager[dict[str, Any]]] = vllm_shared.sharing
+    sharing: Callable[..., AbstractContextManager[dict[str, Any]]] = vllm_shared.sharing
     return SimpleNamespace(
         LLM=LLM,
         SamplingParams=SamplingParams,

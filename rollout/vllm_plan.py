@@ -37,6 +37,7 @@ class VllmOptions:
         max_num_seqs: completions decoded at a time.
         kv_cache_gib: size of the KV cache; None: what `max_num_seqs` longest sequences need, or what is free.
         kv_cache_dtype: auto (the model's type) or fp8, which halves it and adds mismatch: keep a rollout correction on.
+        stock_numerics: on shared weights, products and logits are rounded as in a stock vLLM.
         enforce_eager: no compilation and no CUDA graphs: starts in seconds, decodes several times slower.
         torch_compile: the model is compiled before graphs are captured; without it graphs hold vLLM's own kernels, and
             serve decoding alone.
@@ -49,6 +50,7 @@ class VllmOptions:
     max_num_seqs: int = IN_FLIGHT
     kv_cache_gib: float | None = None
     kv_cache_dtype: str = "auto"
+    stock_numerics: bool = False
     enforce_eager: bool = False
     torch_compile: bool = True
     seed_per_completion: bool = True

@@ -34,17 +34,21 @@ _binding: WeightBinding | None = None
 
 
 @contextmanager
-def sharing(store: Any) -> Iterator[dict[str, Any]]:
-    """While this is open, an engine built with the arguments that it yields has the store's tensors as its weights."""
+def sharing(store: Any, *, stock_numerics: bool = False) -> Iterator[dict[str, Any]]:
+    """While this is open, an engine built with the arguments that it yields has the store's tensors as its weights.
+
+    Args:
+        stock_numerics: products and logits as in a vLLM that loads the checkpoint itself.
+    """
     global _binding
     assert _binding is None, "one engine at a time can be built on a store"
-    _binding = WeightBinding(store)
+    _binding = WeightBinding(store, stock_numerics=stock_numerics)
     try:
         yield {
             "quantization": QUANTIZATION,
             "load_format": LOAD_FORMAT,
             # Part of the name under which vLLM keeps compiled graphs: those of another format do not fit.
-            "additional_config": {"stored_weights": _binding.layout_digest()},
+            "additional_config": {"stored_weights": _binding.layout_digest(), "stock_numerics": stock_numerics},
         }
     finally:
         _binding = None
@@ -109,10 +113,13 @@ class Nf4LinearMethod(_StoredLinearMethod, LinearMethodBase):
         # Rows of the parts as they were quantised: vLLM's own are the same or finer.
         layer.part_rows = [rows.stop - rows.start for rows in stacked.parts.values()]
         layer.nested = "absmax2" in stacked.tensors
+        layer.as_bitsandbytes = _current().stock_numerics
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         outer = (layer.absmax2, layer.code2, layer.offsets) if layer.nested else (None, None, None)
-        return torch.ops.tandem.stored_linear(x, layer.weight, layer.absmax, *outer, layer.part_rows, bias)
+        return torch.ops.tandem.stored_linear(
+            x, layer.weight, layer.absmax, *outer, layer.part_rows, bias, layer.as_bitsandbytes
+        )
 
 
 class Int4LinearMethod(_StoredLinearMethod, LinearMethodBase):
@@ -154,11 +161,9 @@ class StoredEmbeddingMethod(UnquantizedEmbeddingMethod):
     pinned host memory is read over the bus, row by row.
     """
 
-    # Logits rounded to the compute type, as vLLM has them: only to be compared with it, token by token.
-    rounded = False
-
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
+        self._rounded = _current().stock_numerics
 
     def create_weights(
         self,
@@ -183,8 +188,9 @@ class StoredEmbeddingMethod(UnquantizedEmbeddingMethod):
         layer.register_parameter("weight", _frozen(weight))
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits in float32, as the trainer computes them: rounded to bfloat16, a logit of 20 is off by up to 0.06."""
-        if self.rounded:
+        """Logits in float32, as the trainer computes them: rounded to bfloat16, as vLLM has them, a logit of 20 is off
+        by up to 0.06."""
+        if self._rounded:
             return super().apply(layer, x, bias)
         logits = wide_product(x.reshape(-1, x.shape[-1]), layer.weight.t()).view(*x.shape[:-1], -1)
         return logits if bias is None else logits + bias

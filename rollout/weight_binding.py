@@ -16,10 +16,11 @@ class WeightBinding:
 
     Args:
         store: a `tandem.rl.store.WeightStore`.
+        stock_numerics: the engine is to round as one that has loaded the weights itself.
     """
 
-    def __init__(self, store: Any) -> None:
-        self.store = store
+    def __init__(self, store: Any, *, stock_numerics: bool = False) -> None:
+        self.store, self.stock_numerics = store, stock_numerics
         self._shared: dict[str, Any] = {}
 
     def linear(self, name: str) -> Any:

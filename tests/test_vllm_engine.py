@@ -173,12 +173,12 @@ class FakeApi:
         self.llm = FakeLLM(self, model, **arguments)
         return self.llm
 
-    def sharing(self, store):
+    def sharing(self, store, *, stock_numerics):
         from contextlib import contextmanager
 
         @contextmanager
         def share():
-            self.store = store
+            self.store, self.stock_numerics = store, stock_numerics
             yield {"quantization": "shared"}
 
         return share()

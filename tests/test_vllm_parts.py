@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tandem.kernels.fp8 import dequantize_fp8, quantize_fp8
 from tandem.kernels.nf4 import write_nf4_stack
 from tandem.rl.errors import UserError
-from tandem.rollout import sleep_pools, stored_linear
+from tandem.rollout import sleep_pools
 from tandem.rollout.policy_adapter import InPlacePush, LoraPart, PolicyNames, Stacks, buffer_rank
 from tandem.rollout.process_state import knobs, on_stream, preserved
 from tandem.rollout.stored_linear import release_scratch, reserve_scratch
@@ -349,16 +349,15 @@ def test_the_operator_multiplies_by_what_bitsandbytes_stored(nested):
     )
 
 
-def test_the_operator_can_multiply_as_bitsandbytes_does(monkeypatch):
+def test_the_operator_can_multiply_as_bitsandbytes_does():
     rows, width = [40, 24, 24], 128
     tensors, weight = nf4(rows, width)
     arguments = [tensors.get(name) for name in ("packed", "absmax", "absmax2", "code2", "offsets")]
-    monkeypatch.setattr(stored_linear, "as_bitsandbytes", True)
     x = torch.randn(3, width, generator=torch.Generator().manual_seed(9)).bfloat16()
     bias = torch.randn(sum(rows)).bfloat16()
     expected = torch.cat([F.linear(x, part) for part in weight.split(rows)], dim=-1)
-    assert torch.equal(torch.ops.tandem.stored_linear(x, *arguments, rows, None), expected)
-    assert torch.equal(torch.ops.tandem.stored_linear(x, *arguments, rows, bias), expected + bias)
+    assert torch.equal(torch.ops.tandem.stored_linear(x, *arguments, rows, None, True), expected)
+    assert torch.equal(torch.ops.tandem.stored_linear(x, *arguments, rows, bias, True), expected + bias)
 
 
 def test_the_operator_for_fp8_multiplies_by_what_is_stored():
