@@ -231,6 +231,14 @@ def test_all_keys_lists_every_field_once() -> None:
             {"model": {"dtype": "float16", "load_in_4bit": True, "weight_format": "int4"}},
             ["model.dtype is float16", "model.weight_format is int4", "nf4"],
         ),
+        (
+            {"model": {"load_in_4bit": True, "weight_format": "int4"}, "rollout": {"numerics": "stock"}},
+            ["rollout.numerics is 'stock'", "int4", "nf4"],
+        ),
+        (
+            {"model": {"load_in_8bit": True}, "rollout": {"numerics": "stock"}},
+            ["rollout.numerics is 'stock'", "fp8"],
+        ),
         ({"log": {"report_to": ["wandb", "tensorboard"]}}, ["log.report_to.1", "'tensorboard'"]),
     ],
 )

@@ -21,7 +21,7 @@ from tandem.rl.config_file import load_config
 from tandem.rl.console import Console
 from tandem.rl.errors import UserError
 from tandem.rl.packing import pack
-from tandem.rl.plan import MAX_TOKENS, Longest, ledger
+from tandem.rl.plan import MAX_TOKENS, Longest, changed, ledger
 from tandem.rl.plan_command import as_dict, show
 from tandem.rl.plan_devices import CONTEXT, GIB, Device, find_device, gpu_here
 from tandem.rl.plan_models import MODELS
@@ -338,7 +338,11 @@ def test_a_run_chooses_and_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "training peaks at" in text
     assert "a rollout at" in text
     assert "needs more than there is" not in text
-    assert open_model.vllm_options(made, SimpleNamespace(data=data)).kv_cache_gib == made.rollout.kv_cache_gib  # type: ignore[arg-type]
+    options = open_model.vllm_options(made, SimpleNamespace(data=data))  # type: ignore[arg-type]
+    assert options.kv_cache_gib == made.rollout.kv_cache_gib
+    assert not options.stock_numerics
+    stock = changed(made, {"rollout": {"numerics": "stock"}})
+    assert open_model.vllm_options(stock, SimpleNamespace(data=data)).stock_numerics  # type: ignore[arg-type]
 
 
 def test_a_dry_run_shows_sizes_and_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,6 +231,15 @@ def test_what_vllm_is_built_with(engine, lm):
     assert arguments["max_model_len"] == lm.max_length == 64
     assert arguments["quantization"] == "shared"
     assert arguments["dtype"] == "float32"
+    assert engine.api.stock_numerics is False
+
+
+def test_an_engine_that_rounds_as_stock_vllm_is_asked_for(lm, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
+    api = FakeApi()
+    VllmEngine(lm, store, VllmOptions(max_num_seqs=16, stock_numerics=True), api=api)
+    assert api.stock_numerics is True
+    assert api.store is store
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
