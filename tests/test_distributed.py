@@ -100,9 +100,9 @@ RUNS = {
 BY_TORCHRUN = "grpo"
 
 
-def train(place: Path, server: RunServer, name: str, processes: int) -> Path:
-    path = write_config(place, name, f"{name}-{processes}")
-    if name == BY_TORCHRUN and processes > 1:
+def train(place: Path, server: RunServer, name: str, processes: int, device: str = "cpu") -> Path:
+    path = write_config(place, name, f"{name}-{device}-{processes}", device)
+    if device == "cuda" or (name == BY_TORCHRUN and processes > 1):
         done = torchrun(place, processes, "run", path)
         code, said = done.returncode, done.stdout + done.stderr
     else:
@@ -110,14 +110,14 @@ def train(place: Path, server: RunServer, name: str, processes: int) -> Path:
         code, said = server.run("run", path, no_report=processes > 1, **job)
     assert code == 0, said[-3000:]
     assert said.count("run folder") == 1, "one process talks"
-    return place / "runs" / f"{name}-{processes}"
+    return place / "runs" / path.stem
 
 
-def write_config(place: Path, name: str, run_name: str) -> Path:
+def write_config(place: Path, name: str, run_name: str, device: str = "cpu") -> Path:
     config = {
         "run_name": run_name,
         "output_dir": str(place / "runs"),
-        "model": {"model_name_or_path": "model", "device": "cpu"},
+        "model": {"model_name_or_path": "model", "device": device, "dtype": "float32"},
         "data": {"dataset_name": "rows.jsonl"},
         "rollout": {"num_generations": 4, "max_completion_length": 4},
         "rewards": {"reward_funcs": ["reward.py:low"]},
@@ -143,7 +143,17 @@ def torchrun(place: Path, processes: int, *arguments: object) -> subprocess.Comp
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_make_the_same_run(place: Path, server: RunServer, name: str) -> None:
-    one, two = (train(place, server, name, n) for n in (1, 2))
+    same_run(*(train(place, server, name, n) for n in (1, 2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", RUNS)
+def test_two_gpus_make_the_same_run(place: Path, server: RunServer, name: str) -> None:
+    same_run(*(train(place, server, name, n, "cuda") for n in (1, 2)))
+
+
+def same_run(one: Path, two: Path) -> None:
     first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two))
     names = sorted(name for name in first if "lora_B" in name)
     flat = [torch.cat([run[name].double().flatten() for name in names]) for run in (first, second)]
@@ -161,7 +171,7 @@ def test_two_processes_make_the_same_run(place: Path, server: RunServer, name: s
 
 
 def test_a_reward_that_fails_on_one_rank_loses_no_rank_s_completions(place: Path, server: RunServer) -> None:
-    right = place / "runs" / "grpo-2"
+    right = place / "runs" / "grpo-cpu-2"
     if not right.exists():
         train(place, server, "grpo", 2)
     (place / "broken").touch()
