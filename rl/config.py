@@ -165,11 +165,7 @@ class Config(Section):
                 f"algorithm.epsilon_high is {self.algorithm.epsilon_high}: for cispo it is the largest ratio, "
                 "so it must be at least 1, for example 5"
             )
-        if self.rollout.numerics == "stock" and self.model.quantised_to in ("int4", "fp8"):
-            raise ValueError(
-                f"rollout.numerics is 'stock', and the weights are {self.model.quantised_to}, which no stock vLLM has: "
-                "use nf4 or unquantised weights, or leave it out"
-            )
+        self._check_numerics()
         self._check_turns()
         if self.environment.factory is not None and not self.rewards.reward_funcs:
             self.rewards.reward_funcs = [RewardSpec(function="environment")]
@@ -192,6 +188,18 @@ class Config(Section):
                 f"rollout.max_completion_length ({self.rollout.max_completion_length}) leaves no room for a prompt "
                 f"within model.max_length ({limit})"
             )
+
+    def _check_numerics(self) -> None:
+        """A stock vLLM must be able to compute on these weights, and in this type."""
+        format = self.model.quantised_to
+        if self.rollout.numerics == "trainer" or format is None:
+            return
+        reason = f"the weights are {format}, which no stock vLLM has: use nf4 or unquantised weights"
+        if format == "nf4":
+            if self.model.dtype != "float16":
+                return
+            reason = "stock vLLM multiplies 4-bit weights in bfloat16 also where model.dtype is float16: use bfloat16"
+        raise ValueError(f"rollout.numerics is 'stock', and {reason}, or leave it out")
 
     def _check_turns(self) -> None:
         algorithm = self.algorithm

@@ -239,6 +239,10 @@ def test_all_keys_lists_every_field_once() -> None:
             {"model": {"load_in_8bit": True}, "rollout": {"numerics": "stock"}},
             ["rollout.numerics is 'stock'", "fp8"],
         ),
+        (
+            {"model": {"load_in_4bit": True, "dtype": "float16"}, "rollout": {"numerics": "stock"}},
+            ["rollout.numerics is 'stock'", "model.dtype is float16", "bfloat16"],
+        ),
         ({"log": {"report_to": ["wandb", "tensorboard"]}}, ["log.report_to.1", "'tensorboard'"]),
     ],
 )
