@@ -8,7 +8,8 @@ adapter of rank 32 on all seven projections, and log-probs of the sampled tokens
 and 128 new ones; `tokens_per_s` is the whole call, `decode_tokens_per_s` what is left after the time of a call for one
 token. `start`: seconds until the engine answers. `ledger`: bytes by kind. `phases`: medians over `--cycles` cycles of
 sleep, wake, push and generate, and how far the device's memory drifted. `parity`: |difference of log-probs| of the
-engine and the trainer, whose packs go through the fused layers; and beside that, of stock vLLM and transformers.
+engine and the trainer, whose packs go through the fused layers; and beside that, of stock vLLM and transformers, on the
+same weights and, where all start together, on the same adapter after an update.
 `agreement`: share of prompts whose 64 greedy tokens are those of the stock engine on the same weights, for 64 prompts
 (the fused 4-bit product) and for 96 (the weight unpacked for cuBLAS). A checkpoint with a tokenizer is asked questions,
 others get random tokens.
@@ -245,6 +246,11 @@ class Stock:
         given = engine_arguments(options(arguments, []), 1024, cache, RANK, TARGETS, dtype, device)
         self.llm = self.api.LLM(str(arguments.model), **given, quantization=quantization, worker_cls=self.api.worker)
         self.llm.collective_rpc("policy_stacks", args=(8,))
+        self.request = self.api.LoRARequest("policy@0", 1, "/unused")
+
+    def load_adapter(self, folder: Path) -> None:
+        self.request = self.api.LoRARequest("policy@1", 1, str(folder), load_inplace=True)
+        self.llm.llm_engine.add_lora(self.request)
 
     def generate(self, prompts: list[Any], sampling: Any) -> list[list[int]]:
         return [list(output.outputs[0].token_ids) for output in self._outputs(prompts, sampling)]
@@ -262,7 +268,6 @@ class Stock:
         return found
 
     def _outputs(self, prompts: list[Any], sampling: Any) -> list[Any]:
-        request = self.api.LoRARequest("policy@0", 1, "/unused")
         params = self.api.SamplingParams(
             seed=sampling.seed,
             temperature=sampling.temperature,
@@ -273,7 +278,7 @@ class Stock:
             detokenize=False,
         )
         asked = [{"prompt_token_ids": prompt.ids} for prompt in prompts]
-        return self.llm.generate(asked, params, use_tqdm=False, lora_request=request)
+        return self.llm.generate(asked, params, use_tqdm=False, lora_request=self.request)
 
 
 class Ours:
@@ -300,6 +305,10 @@ class Ours:
         self.lm = LanguageModel(model, tokenizer, device, dtype, HeadOptions(), 1024)
         attach_lora(self.lm, LoraConfig(r=RANK, target_modules=TARGETS), seed=0)
         FusedLayers(offload=False).attach(self.lm)
+        if arguments.tokens:
+            move(self.lm, 0.01)
+            self.lm.model.save_pretrained(f"{arguments.tokens.with_suffix('')}-adapter", save_embedding_layers=False)
+            move(self.lm, 0.0)
         self.used_by_trainer = used()
         self.engine = VllmEngine(self.lm, self.store, options(arguments, how))
 
@@ -343,8 +352,12 @@ def work(system: str, arguments: argparse.Namespace) -> None:
     if isinstance(made, Stock):
         if arguments.tokens:
             greedy = {str(batch): made.greedy(arguments, batch) for batch in AGREEMENT_BATCHES}
-            groups = made.scored(questions(arguments.model, arguments.asked, seed=5), sampling(GREEDY))
-            arguments.tokens.write_text(json.dumps({"greedy": greedy, "groups": groups}))
+            asked = questions(arguments.model, arguments.asked, seed=5)
+            found = {"greedy": greedy, "first step": made.scored(asked, sampling(GREEDY))}
+            if adapters := sorted(arguments.tokens.parent.glob("*-adapter")):
+                made.load_adapter(adapters[0])
+                found["after an update"] = made.scored(asked, sampling(GREEDY))
+            arguments.tokens.write_text(json.dumps(found))
         return
     if arguments.tokens:
         greedy = {str(batch): made.greedy(arguments, batch) for batch in AGREEMENT_BATCHES}
@@ -352,7 +365,7 @@ def work(system: str, arguments: argparse.Namespace) -> None:
     if not arguments.together:
         ledger(system, arguments, made)
     parities(system, arguments, made, "first step")
-    move(made.lm)
+    move(made.lm, 0.01)
     made.engine.load_adapter(1)
     parities(system, arguments, made, "after an update")
     say(system, arguments, kind="phases", **phases(made, arguments.cycles))
@@ -410,26 +423,28 @@ def ledger(system: str, arguments: argparse.Namespace, made: Ours) -> None:
 
 
 def parities(system: str, arguments: argparse.Namespace, made: Ours, what: str) -> None:
-    """The engine against the trainer; before an update also against transformers on the trainer's model, stock vLLM
-    against that, and rounding by itself."""
+    """The engine against the trainer, and against transformers on the trainer's model; and what stock vLLM has sampled
+    with this adapter, against transformers on the same."""
     from tandem.rl.samples import Sampling
+
+    def compare(name: str, rows: list[Any], scored: list[Any]) -> None:
+        say(system, arguments, kind="parity", what=name, **spread([r[2] for r in rows], scored))
 
     groups = made.engine.generate(
         questions(arguments.model, arguments.asked, seed=5), Sampling(max_completion_length=GREEDY, seed=3)
     )
     rows = [(g.prompt.ids, g.completions[0].ids, g.completions[0].log_probs) for g in groups]
-    own = [r[2] for r in rows]
-    say(system, arguments, kind="parity", what=what, **spread(own, trainer_log_probs(made.lm, rows)))
+    compare(what, rows, trainer_log_probs(made.lm, rows))
     stock = arguments.tokens.parent / f"{TWINS.get(system)}.json" if arguments.tokens else None
-    if what == "first step" and stock is not None and stock.is_file():
-        batched = transformers_log_probs(made.lm.model, rows)
-        say(system, arguments, kind="parity", what="engine against transformers", **spread(own, batched))
-        theirs = json.loads(stock.read_text())["groups"]
-        found = spread([r[2] for r in theirs], transformers_log_probs(made.lm.model, theirs))
-        say(system, arguments, kind="parity", what=f"{TWINS[system]} against transformers, same weights", **found)
+    theirs = json.loads(stock.read_text()).get(what) if stock is not None and stock.is_file() else None
+    if theirs:
+        scored = transformers_log_probs(made.lm.model, rows)
+        compare(f"{what}: engine against transformers", rows, scored)
+        beside = transformers_log_probs(made.lm.model, theirs)
+        compare(f"{what}: {TWINS[system]} against transformers, same weights", theirs, beside)
         alone = transformers_log_probs(made.lm.model, rows, one_by_one=True)
-        found = spread([o.tolist() for o in alone], batched)
-        say(system, arguments, kind="parity", what="transformers, batched against one by one", **found)
+        once = [(*row[:2], one.tolist()) for row, one in zip(rows, alone, strict=True)]
+        compare(f"{what}: transformers, batched against one by one", once, scored)
 
 
 def trainer_log_probs(lm: Any, rows: list[Any]) -> list[Any]:
@@ -492,7 +507,7 @@ def phases(made: Ours, cycles: int) -> dict[str, Any]:
     return {name: round(statistics.median(values), 2) for name, values in times.items()} | {"drift_mib": drift}
 
 
-def move(lm: Any) -> None:
+def move(lm: Any, size: float) -> None:
     """An update that shows: random B."""
     import torch
 
@@ -500,7 +515,7 @@ def move(lm: Any) -> None:
     with torch.no_grad():
         for name, parameter in lm.model.named_parameters():
             if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cuda") * 0.01)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cuda") * size)
 
 
 def used() -> int:

@@ -125,7 +125,7 @@ class LoraLinear:
         return torch.addmm(bias, xs, part.t(), out=out)
 
     def add_forward(self, xs: torch.Tensor, into: torch.Tensor, *, to: torch.Tensor) -> None:
-        """Write `to + y` `[N, out]` to `into`, which may be `to`, rounding once."""
+        """Write `to + y` `[N, out]` to `into`, which may be `to`. On CUDA y is rounded before the sum, too."""
         weight = self._buffer[: self.out_features].t()
         if to is into:
             into.addmm_(xs, weight)

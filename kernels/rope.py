@@ -1,7 +1,7 @@
 """Rotary position embedding in place, alone or behind a per-head RMSNorm (Qwen3's q_norm and k_norm).
 
 Half-split layout as in Hugging Face: entries i and i + R/2 of a head form a plane that turns by position·inv_freq[i];
-entries from R on (partial rotary) are not turned. Angles, cosines and products are float32.
+entries from R on (partial rotary) are not turned. Angles and products are float32; the tables may be of another type.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def rope_(
 
     Args:
         x: `[T, H, D]`, last dimension contiguous; a slice of the QKV buffer is taken as it lies.
-        cos, sin: `[T, R/2]`, or `[T, R]` with equal halves.
+        cos, sin: `[T, R/2]`, or `[T, R]` with equal halves; of any floating type.
         inverse: turn back by the transposed map, which is the backward pass (with tables that carry a scaling s, the
             result is s times the gradient of the turn, not its inverse).
         rotary_dim: R. Default: D if the tables have D columns, else twice their columns.

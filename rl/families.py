@@ -234,10 +234,10 @@ class ModelSpec:
     def rope(
         self, hidden: torch.Tensor, position_ids: torch.Tensor
     ) -> dict[str | None, tuple[torch.Tensor, torch.Tensor]]:
-        """Cosines and sines `[T, rotary dimensions]`, float32 at least, by the layers' rope type."""
+        """Cosines and sines `[T, rotary dimensions]` by the layers' rope type, rounded to `hidden`'s type: engines have
+        them so, and a trainer that has them more exactly is further from what they sampled."""
         config, rotary = self.backbone.config, self.backbone.rotary_emb
-        # The module looks at type and device only; in bfloat16 the tables would lose what the angles carry.
-        like = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        like = hidden.new_empty(0)  # the module looks at type and device only
         kinds = sorted(set(config.layer_types)) if self.family.rope_by_type else [None]
         tables = {}
         for kind in kinds:

@@ -267,7 +267,7 @@ class _Moments:
         shape, rows = self.setup.shape, self.rows
         layers = shape.layers - number
         near = min(layers, 1) if self.on_host else layers
-        tables = shape.rope_tables * 2 * rows * 4 * shape.head_dim if self.setup.fused else 0
+        tables = shape.rope_tables * 2 * rows * self.setup.width * shape.head_dim if self.setup.fused else 0
         gradients = adapter_bytes(self.setup.adapter) if self.accumulated else 0
         return {
             "layers' inputs for the backward pass": near * self.kept,

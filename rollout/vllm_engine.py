@@ -41,6 +41,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 _LOGGERS = ("vllm", "flashinfer.jit")
+# vLLM's kernels for norms, under its names of them, also where the compiler would make its own.
+_OWN_NORMS = {"rms_norm": ["vllm_c"], "fused_add_rms_norm": ["vllm_c"]}
 
 
 class VllmEngine:
@@ -322,6 +324,9 @@ def engine_arguments(
     if not options.torch_compile:
         # The cut of a graph around attention is the compiler's work: without it graphs are whole, and of decoding.
         compilation |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    elif not options.stock_numerics:
+        # The compiler's norms and activations round less often than the trainer's, which vLLM's own agree with.
+        compilation["custom_ops"] = ["all"]
     lora: dict[str, Any] = {}
     if lora_rank:
         # Without targets, the embedding and the head are wrapped too.
@@ -341,6 +346,7 @@ def engine_arguments(
         "enable_sleep_mode": True,
         "logprobs_mode": "processed_logprobs",
         "seed": 0,
+        **({} if options.stock_numerics else {"kernel_config": {"ir_op_priority": _OWN_NORMS}}),
         **({"enforce_eager": True} if options.enforce_eager else {"compilation_config": compilation}),
     }
 

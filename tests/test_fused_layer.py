@@ -267,6 +267,18 @@ def test_scaled_rotations_come_from_the_models_own_module(rope_type):
     assert difference(fused(lm, made), oracle(lm, made)) < 1e-10
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rotations_are_rounded_as_the_models_own(dtype):
+    lm = build("llama")
+    positions = torch.tensor([0, 3, 900, 70_000])
+    spec = describe(lm.model)
+    cos, sin = spec.rope(torch.zeros(4, 8, dtype=dtype), positions)[None]
+    own = spec.backbone.rotary_emb(torch.zeros(1, dtype=dtype), positions[None])
+    assert (cos.dtype, sin.dtype) == (dtype, dtype)
+    assert torch.equal(cos, own[0][0])
+    assert torch.equal(sin, own[1][0])
+
+
 def test_one_sequence_alone():
     lm = build("llama")
     made = pack([Sequence([1, 2, 3], [4, 5], [True, True])], 64)

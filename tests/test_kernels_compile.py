@@ -108,7 +108,7 @@ def copies(width: int) -> None:
 
 
 def rope(heads: int, dim: int, rotary: int) -> None:
-    x, cos, weight = empty(4, 2 * heads, dim)[:, heads:], empty(4, rotary // 2, dtype=FLOAT), empty(dim)
+    x, cos, weight = empty(4, 2 * heads, dim)[:, heads:], empty(4, rotary // 2, dtype=BRAIN), empty(dim)
     for inverse in (False, True):
         rope_(x, cos, cos, inverse=inverse, impl="triton")
     for offset in (0.0, 1.0):

@@ -238,6 +238,22 @@ def test_qk_norm_rope(impl, dtype, shape, offset) -> None:
 
 
 @impls
+def test_tables_may_be_rounded(impl) -> None:
+    """They are read as they are, to the last bit, and multiplied in float32."""
+    _, cos, sin = tables(4, 32)
+    rounded = cos.bfloat16(), sin.bfloat16()
+    same = tuple(table.float() for table in rounded)
+    x, weight = torch.randn(4, 3, 32).bfloat16(), torch.randn(32).bfloat16()
+    turned = rope_(x.clone(), *rounded, impl=impl)
+    assert torch.equal(turned, rope_(x.clone(), *same, impl=impl))
+    assert not torch.equal(turned, rope_(x.clone(), cos, sin, impl=impl))
+    y = qk_norm_rope(x, weight, EPS, *rounded, impl=impl)
+    assert torch.equal(y, qk_norm_rope(x, weight, EPS, *same, impl=impl))
+    dx = qk_norm_rope_backward(y, x, weight, EPS, *rounded, impl=impl)
+    assert torch.equal(dx, qk_norm_rope_backward(y, x, weight, EPS, *same, impl=impl))
+
+
+@impls
 def test_rope_as_qwen3(impl) -> None:
     from transformers import Qwen3Config
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb

@@ -493,7 +493,11 @@ def test_without_a_gpu_vllm_is_not_even_looked_for(lm, monkeypatch):
 
 @pytest.mark.parametrize(
     ("eager", "compiled", "expected"),
-    [(True, True, None), (False, True, {}), (False, False, {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"})],
+    [
+        (True, True, None),
+        (False, True, {"custom_ops": ["all"]}),
+        (False, False, {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}),
+    ],
 )
 def test_graphs_need_no_compiler(eager: bool, compiled: bool, expected: dict[str, Any] | None) -> None:
     options = VllmOptions(max_num_seqs=4, enforce_eager=eager, torch_compile=compiled)
@@ -504,3 +508,15 @@ def test_graphs_need_no_compiler(eager: bool, compiled: bool, expected: dict[str
     else:
         sizes = {"cudagraph_specialize_lora": False, "cudagraph_capture_sizes": [1, 2, 4]}
         assert given["compilation_config"] == sizes | expected
+
+
+def test_vllms_own_kernels_round_as_the_trainer_and_a_stock_engine_keeps_its_choice() -> None:
+    def given(**changes: Any) -> dict[str, Any]:
+        options = VllmOptions(max_num_seqs=4, **changes)
+        return vllm_engine.engine_arguments(options, 64, 1 << 20, 8, [], torch.bfloat16, torch.device("cpu"))
+
+    norms = given()["kernel_config"]["ir_op_priority"]
+    assert norms == {"rms_norm": ["vllm_c"], "fused_add_rms_norm": ["vllm_c"]}
+    stock = given(stock_numerics=True)
+    assert "kernel_config" not in stock
+    assert "custom_ops" not in stock["compilation_config"]
