@@ -125,6 +125,8 @@ def write_config(place: Path, name: str, run_name: str, device: str = "cpu") -> 
         "warmup": {"max_steps": 1, "dataset_name": "rows.jsonl", "per_device_train_batch_size": 3},
         **RUNS[name],
     }
+    if device == "cuda":  # one process alone would take vLLM
+        config["rollout"] = {**config["rollout"], "engine": "transformers"}
     path = place / f"{run_name}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
