@@ -546,6 +546,7 @@ def tandem_config(system: str, arguments: argparse.Namespace, folder: str) -> di
             "num_generations": arguments.generations,
             "max_completion_length": arguments.completion_tokens,
             "enforce_eager": False,  # one step stands for many
+            "torch_compile": True,
         },
         "rewards": {"reward_funcs": [f"{Path(__file__).resolve()}:alternating"]},
         "train": {

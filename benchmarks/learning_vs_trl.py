@@ -183,6 +183,7 @@ def overrides(arguments: argparse.Namespace, seed: int, engine: str) -> list[str
         f"eval.eval_steps={arguments.eval_steps}",
         f"rollout.engine={engine}",
         "rollout.enforce_eager=false",  # as TRL's vLLM
+        "rollout.torch_compile=true",
         "warmup.max_steps=0",
         "parity.action=warn",
         *arguments.set,

@@ -243,7 +243,7 @@ class Stock:
         cache = int(arguments.kv_gib * GIB)
         device = torch.device("cuda")
         dtype = getattr(torch, arguments.dtype)
-        given = engine_arguments(options(arguments, []), 1024, cache, RANK, TARGETS, dtype, device)
+        given = engine_arguments(options(arguments, ["stock"]), 1024, cache, RANK, TARGETS, dtype, device)
         self.llm = self.api.LLM(str(arguments.model), **given, quantization=quantization, worker_cls=self.api.worker)
         self.llm.collective_rpc("policy_stacks", args=(8,))
         self.request = self.api.LoRARequest("policy@0", 1, "/unused")

@@ -58,7 +58,7 @@ for name in "${@:-graphs float16 profile pinned learning learning16 long24 long8
                 for graphs in false true; do
                     part "profile-$graphs" 240 "$python" benchmarks/profile_step.py examples/arithmetic.yaml \
                         "model.model_name_or_path=$small" rollout.engine=vllm rollout.enforce_eager=false \
-                        "train.cuda_graphs=$graphs" eval.eval_steps=0 checkpoint.save_steps=0 parity.action=warn \
+                        rollout.torch_compile=true "train.cuda_graphs=$graphs" eval.eval_steps=0 checkpoint.save_steps=0 parity.action=warn \
                         --skip 6 --steps 12 --out "$out"
                 done
                 ;;

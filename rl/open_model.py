@@ -147,7 +147,7 @@ def vllm_options(config: Config, inputs: Inputs) -> VllmOptions:
         kv_cache_dtype=rollout.kv_cache_dtype,
         stock_numerics=rollout.numerics == "stock",
         enforce_eager=bool(rollout.enforce_eager),
-        torch_compile=rollout.torch_compile,
+        torch_compile=rollout.torch_compile is not False,
         seed_per_completion=rollout.seed_per_completion,
         cudagraph_sizes=tuple(rollout.cudagraph_sizes) if rollout.cudagraph_sizes else None,
     )

@@ -171,10 +171,10 @@ class RolloutConfig(Section):
     loads the checkpoint itself (with bitsandbytes, for NF4), whose greedy tokens these then are. Slower."""
     enforce_eager: bool | None = None
     """vllm: no compilation and no CUDA graphs: starts in seconds, decodes several times slower; None: for a run that is
-    over before compiling would have paid."""
-    torch_compile: bool = True
+    over before capturing graphs would have paid."""
+    torch_compile: bool | None = None
     """vllm: compile the model before CUDA graphs are captured, the longest part of a first start (kept on disk after
-    it); false: graphs of vLLM's own kernels, for decoding alone."""
+    it); false: graphs of vLLM's own kernels, for decoding alone; None: for a run that is long enough."""
     seed_per_completion: bool = True
     """vllm: every completion draws from a random stream of its own, whatever is beside it; false:
     one stream for a call, which spares a call per completion and token."""

@@ -224,16 +224,38 @@ def test_a_short_run_is_not_compiled_for(qwen: ModelShape) -> None:
         sections = {"rollout": {"engine": "vllm", "max_completion_length": completion, **rollout}}
         return sized(qwen, "h100", train={"max_steps": steps}, **sections)
 
-    short = chosen(16, 30)
+    short = chosen(16, 10)
     assert short.config.rollout.enforce_eager is True
-    assert "compiling takes about 50 s, and would spare this run 41.0 s" in short.reasons["rollout.enforce_eager"]
+    assert short.config.rollout.torch_compile is None
+    reason = "capturing graphs takes about 15 s, and would spare this run 13.7 s of decoding"
+    assert short.reasons["rollout.enforce_eager"] == reason
     assert "CUDA graphs" not in short.plan.rollout().items
-    for other in (chosen(1024, 200), chosen(16, None), chosen(16, 40, enforce_eager=False)):
+    long, unknown, set_so = chosen(1024, 200), chosen(16, None), chosen(16, 10, enforce_eager=False)
+    for other in (long, unknown, set_so, chosen(64, 30)):
         assert not other.config.rollout.enforce_eager
         assert "rollout.enforce_eager" not in other.chosen
         assert "CUDA graphs" in other.plan.rollout().items
     own = sized(qwen, "h100", train={"max_steps": 1}, rollout={"engine": "transformers"})
-    assert own.config.rollout.enforce_eager is None, "vLLM's alone"
+    assert (own.config.rollout.enforce_eager, own.config.rollout.torch_compile) == (None, None), "vLLM's alone"
+
+
+def test_a_long_run_is_compiled_for_and_a_shorter_one_gets_graphs(qwen: ModelShape) -> None:
+    def chosen(steps: int | None, **rollout: Any) -> Sizing:
+        sections = {"rollout": {"engine": "vllm", "max_completion_length": 1024, **rollout}}
+        return sized(qwen, "h100", train={"max_steps": steps}, **sections)
+
+    shorter = chosen(20)
+    assert shorter.config.rollout.torch_compile is False
+    assert shorter.config.rollout.enforce_eager is None
+    decoding = shorter.plan.seconds["rollout: completions"]
+    saved = float(re.search(r"spare this run ([\d.]+) s", shorter.reasons["rollout.torch_compile"])[1])  # type: ignore[index]
+    assert saved == pytest.approx(0.02 * 20 * decoding, rel=0.1)
+    assert saved < 35
+    enough = int(35 / (0.02 * decoding)) + 2
+    assert chosen(enough - 4).config.rollout.torch_compile is False
+    for other in (chosen(enough), chosen(None), chosen(enough - 4, torch_compile=True)):
+        assert "rollout.torch_compile" not in other.chosen
+    assert "rollout.torch_compile" not in chosen(20, enforce_eager=True).chosen, "there is nothing to compile for"
 
 
 def decoded() -> list[tuple[str, int, float]]:
