@@ -291,7 +291,7 @@ class Ours:
 
         from tandem.kernels.linear_logprob import HeadOptions
         from tandem.rl.config import LoraConfig
-        from tandem.rl.fused_layer import FusedLayers
+        from tandem.rl.fused_layer import FusedLayers, LayerPlan
         from tandem.rl.lora import attach_lora
         from tandem.rl.model import LanguageModel
         from tandem.rl.store import WeightStore
@@ -304,7 +304,7 @@ class Ours:
         model, device = self.store.causal_lm(), torch.device("cuda")
         self.lm = LanguageModel(model, tokenizer, device, dtype, HeadOptions(), 1024)
         attach_lora(self.lm, LoraConfig(r=RANK, target_modules=TARGETS), seed=0)
-        FusedLayers(offload=False).attach(self.lm)
+        FusedLayers(LayerPlan(split_adapters=True), offload=False).attach(self.lm)
         if arguments.tokens:
             move(self.lm, 0.01)
             self.lm.model.save_pretrained(f"{arguments.tokens.with_suffix('')}-adapter", save_embedding_layers=False)

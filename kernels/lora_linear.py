@@ -5,7 +5,8 @@
 
 With xs = [x, xAᵀ] and dys = [dy, dy·sB], rows of their own in slightly wider buffers:
     y  = xs·[W, sB]ᵀ        dx = dys·[W; A]        dA = (dy·sB)ᵀ·x        dB = s·dyᵀ·(xAᵀ)
-so x·A is computed once for all projections, and no wide tensor is read and written again to add the adapter's share.
+so x·A is computed once for all projections, and no wide tensor is read and written again to add the adapter's share;
+unless that is asked for (`split`), because engines do it so.
 The adapter is never merged into W, where rounding would lose most of an update (LoRA: Hu et al., arXiv 2106.09685).
 """
 
@@ -45,6 +46,8 @@ class LoraLinear:
     Args:
         out_features, in_features: of the stack. branches: adapters, in any number. bias: `[out]` or None.
         dtype, device: of the computation.
+        split: x·Wᵀ is rounded before the adapters' share is added, which is rounded, too. That is what vLLM and peft
+            compute, and in 16 bits a third nearer to them; the product forward is a tenth slower.
 
     Attributes:
         weight: `[out, in]`, a part of the buffer for the caller to fill. rank: columns that the adapters take.
@@ -61,8 +64,10 @@ class LoraLinear:
         bias: torch.Tensor | None = None,
         dtype: torch.dtype,
         device: torch.device,
+        split: bool = False,
     ) -> None:
         self.out_features, self.in_features, self.branches, self.bias = out_features, in_features, branches, bias
+        self._split = split
         total = sum(one.a.shape[0] for one in branches)
         self.rank = padded_rank(total)
         self._buffer = torch.empty(out_features + self.rank, in_features + self.rank, dtype=dtype, device=device)
@@ -118,15 +123,23 @@ class LoraLinear:
 
     def forward(self, xs: torch.Tensor, out: torch.Tensor | None = None, *, rows: slice | None = None) -> torch.Tensor:
         """`y` `[N, out]`, or those of its columns that `rows` of the stack give; written to `out` where it is given."""
-        part = self._buffer[: self.out_features] if rows is None else self._buffer[rows]
+        rows = slice(0, self.out_features) if rows is None else rows
+        width = self.in_features if self._split else self._buffer.shape[1]
+        weight = self._buffer[rows, :width].t()
         if self.bias is None:
-            return torch.mm(xs, part.t(), out=out)
-        bias = self.bias if rows is None else self.bias[rows]
-        return torch.addmm(bias, xs, part.t(), out=out)
+            y = torch.mm(xs[:, :width], weight, out=out)
+        else:
+            y = torch.addmm(self.bias[rows], xs[:, :width], weight, out=out)
+        if self._split and self.rank:
+            y.addmm_(xs[:, width:], self._b[rows].t())
+        return y
 
     def add_forward(self, xs: torch.Tensor, into: torch.Tensor, *, to: torch.Tensor) -> None:
         """Write `to + y` `[N, out]` to `into`, which may be `to`. On CUDA y is rounded before the sum, too."""
         weight = self._buffer[: self.out_features].t()
+        if self._split and self.rank:
+            torch.add(to, self.forward(xs), out=into)
+            return
         if to is into:
             into.addmm_(xs, weight)
         else:

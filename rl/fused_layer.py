@@ -51,6 +51,7 @@ class LayerPlan:
             too that would be computed again.
         recorded: a small model's passes are recorded and replayed, for packs that are padded to be alike
             (`layer_graphs`).
+        split_adapters: the adapters' share is added to rounded products, as engines do it (`LoraLinear`).
     """
 
     tile_rows: int = TILE_ROWS
@@ -58,9 +59,10 @@ class LayerPlan:
     attention: Literal["auto", "save", "recompute"] = "auto"
     projections: Literal["auto", "save", "recompute"] = "auto"
     recorded: bool = False
+    split_adapters: bool = False
 
     @classmethod
-    def of(cls, train: TrainConfig) -> LayerPlan:
+    def of(cls, train: TrainConfig, *, split_adapters: bool = False) -> LayerPlan:
         """As a config says."""
         return cls(
             train.mlp_tile_rows or TILE_ROWS,
@@ -68,6 +70,7 @@ class LayerPlan:
             train.attention_memory,
             train.projection_memory,
             train.cuda_graphs is True,
+            split_adapters,
         )
 
     @property
@@ -103,7 +106,7 @@ class FusedLayers:
         self.host: HostStore | None = None
         self.near = Store()
         self.layers_kept = 0
-        self._weights = KeptWeights()
+        self._weights = KeptWeights(split=self.plan.split_adapters)
         self._recorder = recorder
         self._graphs: LayerGraphs | None = None
         self._lm: Any = None
@@ -148,7 +151,7 @@ class FusedLayers:
         if self._lm is not None:
             self._lm.fused = None
         self._lm, self._spec, self.host, self._graphs = None, None, None, None
-        self._weights = KeptWeights()
+        self._weights = KeptWeights(split=self.plan.split_adapters)
 
     def abandon(self) -> None:
         """Let go of what the latest pack has left, which did not come to its end for want of memory."""
@@ -187,7 +190,10 @@ class FusedLayers:
             # PyTorch counts as free what only recordings can use.
             held = 0 if alike is not None or self._graphs is None else self._graphs.held
             self.layers_kept = self._layers_to_keep(h, spec.num_layers, first, inputs, held, left)
-        make = partial(LayerRun, layout=layout, tile_rows=plan.tile_rows, groups=groups, keep_inputs=inputs, kept=kept)
+        make = partial(
+            LayerRun, layout=layout, tile_rows=plan.tile_rows, groups=groups, keep_inputs=inputs, kept=kept,
+            split_adapters=plan.split_adapters,
+        )  # fmt: skip
         whole = save and store is self.near and self.layers_kept == spec.num_layers
         if layers is not None and alike is not None and whole:
             stack = Stack(layers, spec.final_norm(), plan.tile_rows, partial(make, keep=True))

@@ -85,7 +85,7 @@ class LayerRun:
         keep: `forward` keeps its widest projections for `backward`, which then need not be computed once more.
         keep_inputs: with `keep`, all else that `backward` would compute again, but the GLU's product: fewer calls, for
             a model that is bound by them. Not of layers with norms behind their halves.
-        kept: prepared weights that stay from pass to pass.
+        kept: prepared weights that stay from pass to pass. split_adapters: see `LoraLinear`.
     """
 
     def __init__(
@@ -99,10 +99,11 @@ class LayerRun:
         keep: bool = False,
         keep_inputs: bool = False,
         kept: KeptWeights | None = None,
+        split_adapters: bool = False,
     ) -> None:
         self.layer, self.rope, self.layout, self.groups, self.keep = layer, rope, layout, groups, keep
         self.keep_inputs = keep and keep_inputs and layer.attention_post_norm is None and layer.mlp_post_norm is None
-        self._kept_weights = kept
+        self._kept_weights, self._split = kept, split_adapters
         self.tiles = tiles(rope[0].shape[0], tile_rows)
         # There is less beside them in memory, and with half as many calls the host keeps ahead of the device.
         self.forward_tiles = tiles(rope[0].shape[0], 2 * tile_rows)
@@ -111,7 +112,7 @@ class LayerRun:
 
     def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, Attended, Kept | None]:
         """`[T, d]` -> the layer's output `[T, d]`, what attention gave on the way, and what is kept."""
-        layer, weights, rows = self.layer, Weights(h.dtype, self._kept_weights), h.shape[0]
+        layer, weights, rows = self.layer, self._weights(h.dtype), h.shape[0]
         projected = inputs = None
         if self.keep:
             projected = Projected(*(weights.of(block).gradients(rows) for block in (layer.qkv, layer.gate_up)))
@@ -145,6 +146,9 @@ class LayerRun:
             else:
                 end += rms_norm(down.forward(products), layer.mlp_post_norm)
         return out, attended, kept
+
+    def _weights(self, dtype: torch.dtype) -> Weights:
+        return Weights(dtype, self._kept_weights, split=self._split)
 
     def _heads_of(
         self, h: torch.Tensor, weights: Weights, into: torch.Tensor | None = None, xs: torch.Tensor | None = None
@@ -200,7 +204,7 @@ class LayerRun:
             need_input: without it `grad` is left useless, and only `grads` is filled.
             when_free: called when what the layer before has stored may come back.
         """
-        layer, weights = self.layer, Weights(h.dtype, self._kept_weights)
+        layer, weights = self.layer, self._weights(h.dtype)
         projected, inputs, turned = kept or (None, None, None)
         del kept
         if stored:

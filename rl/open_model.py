@@ -161,7 +161,8 @@ def attach_layers(lm: LanguageModel, config: Config, console: Console) -> None:
     train, on_gpu = config.train, lm.device.type == "cuda"
     refusal = None
     if train.fused_layers or (train.fused_layers is None and on_gpu):
-        plan = LayerPlan.of(train)
+        # What an engine has sampled is compared with; examples and pairs were written by nobody's engine.
+        plan = LayerPlan.of(train, split_adapters=config.uses_rollouts)
         try:
             FusedLayers(plan, offload=train.offload_activations).attach(lm)
             return

@@ -16,7 +16,8 @@ from tandem.rl.plan_devices import GIB, Device
 from tandem.rl.plan_engine import BLOCK, IN_FLIGHT, rounded_length, step_bytes, step_tokens
 from tandem.rl.plan_memory import FRAGMENTATION, kv_bytes
 from tandem.rl.plan_shape import ModelShape
-from tandem.rl.plan_time import CAPTURING, COMPILED, COMPILING, saved_by_graphs, seconds_text
+from tandem.rl.plan_start import Start
+from tandem.rl.plan_time import seconds_text
 
 # Of a card's memory that sizes are chosen for; predictions were within a tenth of what was measured.
 USED_SHARE = 0.92
@@ -61,7 +62,7 @@ class Sizing:
         return {f"{name}.{key}": value for name, values in self.changes.items() for key, value in values.items()}
 
     def __str__(self) -> str:
-        return " ".join(f"{name}={str(value).lower()}" for name, value in self.chosen.items())
+        return " ".join(f"{name}={_written(value)}" for name, value in self.chosen.items())
 
 
 def choose_sizes(
@@ -183,8 +184,11 @@ def _rollout(room: Ledger, evaluated: int) -> dict[str, Any]:
         return {} if rollout.max_in_flight or not 0 < room.in_flight < wanted else {"max_in_flight": room.in_flight}
     wanted = rollout.max_in_flight or min(wanted, IN_FLIGHT)
     found: dict[str, Any] = {"max_in_flight": wanted}
-    found |= _start(room, evaluated)
     room = room.again(changed(room.config, {"rollout": found}))
+    start = Start.of(room, evaluated)
+    if start is not None:
+        found |= start.choice(rollout.enforce_eager, rollout.torch_compile)
+        room = room.again(changed(room.config, {"rollout": found}))
     # Of a prompt and of every completion a block is part empty, and one block in all is never used.
     block = kv_bytes(setup, BLOCK)
     least = kv_bytes(setup, rounded_length(work.length)) + 2 * block
@@ -198,31 +202,6 @@ def _rollout(room: Ledger, evaluated: int) -> dict[str, Any]:
     if size >= least:
         found["kv_cache_gib"] = -(-size * 100 // GIB) / 100
     return _only_open(found, rollout)
-
-
-def _start(room: Ledger, evaluated: int) -> dict[str, Any]:
-    """What vLLM leaves out of its start, since the run would not make up for it."""
-    saved = _saved(room, evaluated)
-    if saved is None:
-        return {}
-    graphs, compiled = saved
-    if graphs < CAPTURING and room.config.rollout.enforce_eager is None:
-        return {"enforce_eager": True}
-    return {"torch_compile": False} if compiled < COMPILING and not room.config.rollout.enforce_eager else {}
-
-
-def _saved(room: Ledger, evaluated: int) -> tuple[float, float] | None:
-    """Seconds of decoding that graphs would spare the whole run, and compiling beside them; None where the run's length
-    is not known yet."""
-    steps, every = room.config.train.max_steps, room.config.eval.eval_steps
-    if steps is None:
-        return None
-    rollouts = steps / room.work.updates
-    if evaluated:
-        rollouts += 2 + (steps / every if every else 0)
-    graphs = room.again(changed(room.config, {"rollout": {"enforce_eager": False}}))
-    compiled = COMPILED * rollouts * graphs.seconds["rollout: completions"]
-    return saved_by_graphs(room.setup, room.work, rollouts), compiled
 
 
 def _only_open(values: dict[str, Any], section: Any) -> dict[str, Any]:
@@ -285,18 +264,21 @@ def _seconds(plan: Ledger) -> str:
 
 def _rollout_reason(made: Ledger, key: str, evaluated: int) -> str:
     """Why a value of the plan that was made is what it is."""
-    if key in ("enforce_eager", "torch_compile"):
-        graphs, compiled = _saved(made, evaluated) or (0.0, 0.0)
-        what, takes, saved = "compiling", COMPILING, compiled
-        if key == "enforce_eager":
-            what, takes, saved = "capturing graphs", CAPTURING, graphs
-        return f"{what} takes about {takes:.0f} s, and would spare this run {seconds_text(saved)} s of decoding"
+    if key in ("enforce_eager", "torch_compile", "cudagraph_sizes"):
+        start = Start.of(made, evaluated)
+        assert start is not None, "it has chosen this"
+        return start.reason(key)
     wanted, fit = made.work.in_flight, made.in_flight
     if key == "max_in_flight":
         return "as many as fit, or as the engine takes" if wanted < made.work.sequences else "the whole batch"
     if fit < wanted:
         return f"what is left, for {fit:,} of {wanted:,} sequences at once"
     return f"what {wanted:,} sequences at once need"
+
+
+def _written(value: Any) -> str:
+    """As an override on the command line."""
+    return str(value).lower().replace(" ", "")
 
 
 def _shown(value: Any) -> str:

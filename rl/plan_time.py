@@ -28,10 +28,6 @@ EAGER, VLLM_EAGER, GRAPHS = 1.8e-3, 2.4e-3, 2.5e-5
 # Seconds that a fused layer's passes cost the host for each pack, beside the device's work (SmolLM2, an H200's host),
 # and the share that is left of them where they are recorded.
 FORWARD_HOST, BACKWARD_HOST, RECORDED = 2.0e-3, 3.5e-3, 0.15
-# Seconds that vLLM takes longer to start where it captures graphs, and where it compiles before that for the first time
-# (an H200's host), and the share of decoding that compiling spares beside graphs (Qwen3-8B's shape, 8 to 64 sequences).
-CAPTURING, COMPILING = 15.0, 35.0
-COMPILED = 0.02
 
 
 @dataclass(frozen=True)
@@ -120,12 +116,6 @@ def step_seconds(setup: Setup, work: Work, pack: Pack, rows: int, device: Device
     parts["update: backward"] = work.iterations * backward
     parts["optimiser"] = work.updates * _optimizer(setup, device)
     return parts
-
-
-def saved_by_graphs(setup: Setup, work: Work, rollouts: float) -> float:
-    """Seconds of decoding that graphs spare a whole run, for which it has to start `CAPTURING` later."""
-    waves = -(-work.sequences // max(work.in_flight, 1))
-    return rollouts * waves * work.completion * setup.shape.layers * (VLLM_EAGER - GRAPHS)
 
 
 def _rate(setup: Setup, device: Device) -> float:

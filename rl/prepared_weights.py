@@ -24,17 +24,18 @@ class Weights:
     """A layer's projections in the compute type, each dequantised once and held until it is dropped.
 
     Args:
-        kept: whose weights are taken where they are there, and kept where they are made.
+        kept: whose weights are taken where they are there, and kept where they are made. split: see `LoraLinear`; what
+            is kept was made with its own.
     """
 
-    def __init__(self, dtype: torch.dtype, kept: KeptWeights | None = None) -> None:
-        self._dtype, self._kept = dtype, kept
+    def __init__(self, dtype: torch.dtype, kept: KeptWeights | None = None, *, split: bool = False) -> None:
+        self._dtype, self._kept, self._split = dtype, kept, split
         self._made: dict[Block, LoraLinear] = {}
 
     def of(self, block: Block) -> LoraLinear:
         if block not in self._made:
             made = None if self._kept is None else self._kept.of(block, self._dtype)
-            self._made[block] = made or _prepared(block, self._dtype)
+            self._made[block] = made or _prepared(block, self._dtype, self._split)
         return self._made[block]
 
     def drop(self, *blocks: Block) -> None:
@@ -45,12 +46,16 @@ class Weights:
 class KeptWeights:
     """Prepared weights of all layers, which stay for the next pass.
 
+    Args:
+        split: see `LoraLinear`.
+
     Attributes:
         version: another one whenever prepared weights have moved.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, split: bool = False) -> None:
         self.version = 0
+        self._split = split
         # By the layers that are multiplied by: what they were prepared from is compared, and only the latest is kept.
         self._linears: dict[_Key, tuple[tuple[_Key, _Key], LoraLinear]] = {}
         # The adapters of all that is kept, copied at once; None: to be made anew.
@@ -95,7 +100,7 @@ class KeptWeights:
             self._linears.pop(bases, None)  # before another one takes as much memory
             self._copies = None
             self.version += 1
-            self._linears[bases] = origin, _prepared(block, dtype)
+            self._linears[bases] = origin, _prepared(block, dtype, self._split)
         return self._linears[bases][1]
 
     def stop(self) -> None:
@@ -121,7 +126,7 @@ def _origin(block: Block, dtype: torch.dtype) -> tuple[_Key, _Key]:
     return tuple(base), tuple(adapters)
 
 
-def _prepared(block: Block, dtype: torch.dtype) -> LoraLinear:
+def _prepared(block: Block, dtype: torch.dtype, split: bool) -> LoraLinear:
     starts = block.starts
     branches = [
         Branch(one.adapter.a.detach(), one.adapter.b.detach(), start, one.adapter.scale)
@@ -129,7 +134,7 @@ def _prepared(block: Block, dtype: torch.dtype) -> LoraLinear:
         if one.adapter is not None
     ]
     device = block.projections[0].device
-    made = LoraLinear(*block.size, branches, bias=block.bias(dtype), dtype=dtype, device=device)
+    made = LoraLinear(*block.size, branches, bias=block.bias(dtype), dtype=dtype, device=device, split=split)
     for one, start in zip(block.projections, starts, strict=True):
         one.write_weight(made.weight[start : start + one.size[0]])
     return made

@@ -179,7 +179,8 @@ class RolloutConfig(Section):
     """vllm: every completion draws from a random stream of its own, whatever is beside it; false:
     one stream for a call, which spares a call per completion and token."""
     cudagraph_sizes: list[Positive] | None = None
-    """vllm: batch sizes that CUDA graphs are captured for; None: a ladder up to max_in_flight (or 256)."""
+    """vllm: batch sizes that CUDA graphs are captured for; None: a ladder up to max_in_flight (or 256), and on to 2,048
+    where prompts take a good part of short rollouts."""
 
 
 class AlgorithmConfig(Section):

@@ -90,7 +90,7 @@ class VllmEngine:
         self._stream: Any = None
         with preserved(ENVIRONMENT, quiet=_LOGGERS):
             self._api = api or load_api()
-            share = nullcontext({})
+            share: AbstractContextManager[dict[str, Any]] = nullcontext({})
             if store is not None:
                 share = self._api.sharing(store, stock_numerics=options.stock_numerics)
             with share as shared:

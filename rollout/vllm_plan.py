@@ -20,6 +20,8 @@ HEADROOM = 3 * GIB
 IN_FLIGHT = 256
 # Tokens that the KV cache is given out in.
 BLOCK = 16
+# Sizes of batches beyond these, for steps that compute prompts; the last is the largest that graphs are made for.
+_WITH_PROMPTS = (96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 _CAPTURED = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
 
@@ -63,6 +65,16 @@ class VllmOptions:
             return self.cudagraph_sizes
         ladder = [size for size in _CAPTURED if size <= self.max_num_seqs]
         return tuple(ladder) if ladder[-1] == self.max_num_seqs else (*ladder, self.max_num_seqs)
+
+
+def sizes_for_prompts(max_num_seqs: int, tokens: int) -> list[int] | None:
+    """Batch sizes to capture so that also a step of `tokens`, most of them of prompts, replays a graph; None where the
+    usual sizes do, or none may."""
+    usual = VllmOptions(max_num_seqs=max_num_seqs).capture_sizes
+    enough = next((size for size in _WITH_PROMPTS if size >= tokens), None)
+    if enough is None or tokens <= usual[-1]:
+        return None
+    return [*usual, *(size for size in _WITH_PROMPTS if usual[-1] < size <= enough)]
 
 
 def rounded_length(tokens: int) -> int:

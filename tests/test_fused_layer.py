@@ -198,6 +198,13 @@ GRID += [*product([7], [1, 2, 4], ["save", "recompute"]), (4096, 1, "recompute")
 
 
 @pytest.mark.parametrize("projections", ["recompute", "save"])
+def test_split_adapters_change_rounding_alone(qwen, projections):
+    lm, made, expected = qwen
+    plan = LayerPlan(7, 2, projections=projections, split_adapters=True)
+    assert difference(fused(lm, made, plan), expected) < 1e-10
+
+
+@pytest.mark.parametrize("projections", ["recompute", "save"])
 @pytest.mark.parametrize(("tile_rows", "groups", "attention"), GRID)
 def test_tiles_and_groups_change_nothing(qwen, tile_rows, groups, attention, projections):
     lm, made, expected = qwen

@@ -18,7 +18,7 @@ STACKS = [
 ]
 
 
-def build(stack: list[tuple[int, int]], dtype: torch.dtype, *, biased: bool):
+def build(stack: list[tuple[int, int]], dtype: torch.dtype, *, biased: bool, split: bool = False):
     """The layer with poisoned buffers filled, its weights, adapters and bias."""
     torch.manual_seed(0)
     outs = [out for out, _ in stack]
@@ -29,7 +29,7 @@ def build(stack: list[tuple[int, int]], dtype: torch.dtype, *, biased: bool):
         if rank:
             branches.append(Branch(torch.randn(rank, IN), torch.randn(out, rank), start, 0.5 + i))
         start += out
-    layer = LoraLinear(sum(outs), IN, branches, bias=bias, dtype=dtype, device=torch.device("cpu"))
+    layer = LoraLinear(sum(outs), IN, branches, bias=bias, dtype=dtype, device=torch.device("cpu"), split=split)
     layer.weight.copy_(weight)
     return layer, weight, bias, branches
 
@@ -54,10 +54,11 @@ def exact(x, weight, bias, branches, adapters):
     return y + sum(parts)
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("stack", STACKS, ids=str)
-def test_values_and_gradients(stack, biased):
-    layer, weight, bias, branches = build(stack, torch.float64, biased=biased)
+def test_values_and_gradients(stack, biased, split):
+    layer, weight, bias, branches = build(stack, torch.float64, biased=biased, split=split)
     x = torch.randn(ROWS, IN, dtype=torch.float64, requires_grad=True)
     adapters = [(one.a.double().requires_grad_(), one.b.double().requires_grad_()) for one in branches]
     want = exact(x, weight, bias, branches, adapters)
@@ -72,6 +73,11 @@ def test_values_and_gradients(stack, biased):
     total = start.detach().clone()
     layer.add_forward(xs, total, to=total)
     torch.testing.assert_close(total, start + want, rtol=1e-12, atol=1e-12)
+    beside = torch.full_like(want, torch.nan)
+    layer.add_forward(xs, beside, to=start)
+    torch.testing.assert_close(beside, start + want, rtol=1e-12, atol=1e-12)
+    bare = layer.without_adapters()
+    torch.testing.assert_close(bare.forward(xs[:, :IN]), exact(x, weight, bias, [], []), rtol=1e-12, atol=1e-12)
 
     dys = layer.gradients(dy)
     torch.testing.assert_close(layer.backward(dys), wanted[0], rtol=1e-12, atol=1e-12)
@@ -122,3 +128,19 @@ def test_bfloat16_is_as_good_as_separate_products():
         separate[:, one.start : one.start + len(b)] += one.scale * ((x @ a.t()) @ b.t())
     ours = layer.forward(layer.inputs(x))
     assert (ours.double() - want).norm() < 1.05 * (separate.double() - want).norm()
+
+
+def test_split_products_are_rounded_before_the_adapter_is_added():
+    """257 and 1 in bfloat16, whose neighbours there are 256 and 258: together 258, one after the other 256."""
+    one = torch.ones(1, 1)
+    x = torch.ones(1, 2, dtype=torch.bfloat16)
+    found = []
+    for split in (False, True):
+        branch = Branch(torch.tensor([[1.0, 0.0]]), one, 0, 1.0)
+        layer = LoraLinear(1, 2, [branch], dtype=torch.bfloat16, device=torch.device("cpu"), split=split)
+        layer.weight.copy_(torch.tensor([[256.0, 1.0]]))
+        xs = layer.inputs(x)
+        total = torch.zeros(1, 1, dtype=torch.bfloat16)
+        layer.add_forward(xs, total, to=total)
+        found.append((layer.forward(xs).item(), total.item()))
+    assert found == [(258, 258), (256, 256)]

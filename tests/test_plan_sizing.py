@@ -227,7 +227,7 @@ def test_a_short_run_is_not_compiled_for(qwen: ModelShape) -> None:
     short = chosen(16, 10)
     assert short.config.rollout.enforce_eager is True
     assert short.config.rollout.torch_compile is None
-    reason = "capturing graphs takes about 15 s, and would spare this run 13.7 s of decoding"
+    reason = "capturing graphs takes about 15 s, and would spare this run 13.7 s of rollouts"
     assert short.reasons["rollout.enforce_eager"] == reason
     assert "CUDA graphs" not in short.plan.rollout().items
     long, unknown, set_so = chosen(1024, 200), chosen(16, None), chosen(16, 10, enforce_eager=False)
@@ -256,6 +256,37 @@ def test_a_long_run_is_compiled_for_and_a_shorter_one_gets_graphs(qwen: ModelSha
     for other in (chosen(enough), chosen(None), chosen(enough - 4, torch_compile=True)):
         assert "rollout.torch_compile" not in other.chosen
     assert "rollout.torch_compile" not in chosen(20, enforce_eager=True).chosen, "there is nothing to compile for"
+
+
+def test_graphs_take_in_prompts_where_completions_are_short(qwen: ModelShape) -> None:
+    def chosen(**changes: Any) -> Sizing:
+        sections: dict[str, Any] = {
+            "rollout": {"engine": "vllm", "num_generations": 8, "max_completion_length": 16},
+            "data": {"max_prompt_length": 40},
+            "train": {"max_steps": 2000, "generation_batch_size": 64},
+        }
+        for name, values in changes.items():
+            sections[name] |= values
+        return sized(qwen, "h100", **sections)
+
+    # 8 prompts of 40 tokens, and a block for each of the other 56 completions.
+    usual = [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    short = chosen()
+    assert short.config.rollout.cudagraph_sizes == [*usual, 96, 128, 192, 256, 384, 512, 768, 1024, 1536]
+    assert "up to 1,216 tokens" in short.reasons["rollout.cudagraph_sizes"]
+    assert "rollout.cudagraph_sizes=[1,2,4,8,16,24,32,48,64,96," in str(short)
+    graphs = short.plan.rollout().items["CUDA graphs"]
+    assert graphs == 2 * chosen(rollout={"max_completion_length": 1024}).plan.rollout().items["CUDA graphs"]
+    assert chosen(train={"max_steps": None}).config.rollout.cudagraph_sizes == short.config.rollout.cudagraph_sizes
+    for other in (
+        chosen(rollout={"max_completion_length": 1024}),  # a small part of the rollout
+        chosen(data={"max_prompt_length": 400}),  # 4,096 tokens
+        chosen(train={"max_steps": 100}),  # not compiled for
+        chosen(rollout={"torch_compile": False}),
+        chosen(rollout={"enforce_eager": True}),
+    ):
+        assert "rollout.cudagraph_sizes" not in other.chosen
+    assert chosen(rollout={"cudagraph_sizes": [8]}).config.rollout.cudagraph_sizes == [8]
 
 
 def decoded() -> list[tuple[str, int, float]]:

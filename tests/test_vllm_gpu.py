@@ -120,7 +120,7 @@ def build(name: str, folder: Path) -> SimpleNamespace:
     assert store.format == format
     attach_lora(lm, LoraConfig(r=12, lora_alpha=20), seed=0)
     try:
-        FusedLayers(LayerPlan(), offload=False).attach(lm)
+        FusedLayers(LayerPlan(split_adapters=True), offload=False).attach(lm)
         say("layers", "fused")
     except UserError as error:
         say("layers", error.problem)

@@ -21,7 +21,15 @@ from tandem.rollout import sleep_pools
 from tandem.rollout.policy_adapter import InPlacePush, LoraPart, PolicyNames, Stacks, buffer_rank
 from tandem.rollout.process_state import knobs, on_stream, preserved
 from tandem.rollout.stored_linear import release_scratch, reserve_scratch
-from tandem.rollout.vllm_plan import GIB, HEADROOM, VllmOptions, config_folder, kv_bytes_per_token, kv_cache_bytes
+from tandem.rollout.vllm_plan import (
+    GIB,
+    HEADROOM,
+    VllmOptions,
+    config_folder,
+    kv_bytes_per_token,
+    kv_cache_bytes,
+    sizes_for_prompts,
+)
 from tandem.rollout.vllm_versions import ACCEPTED, LORA_RANKS, Relied, missing, refusal
 from tandem.rollout.weight_binding import WeightBinding
 
@@ -282,6 +290,11 @@ def test_graphs_are_captured_up_to_the_largest_batch():
     assert VllmOptions(max_num_seqs=40).capture_sizes == (1, 2, 4, 8, 16, 24, 32, 40)
     assert VllmOptions(max_num_seqs=64).capture_sizes[-1] == 64
     assert VllmOptions(cudagraph_sizes=(1, 8)).capture_sizes == (1, 8)
+    assert sizes_for_prompts(8, 100) == [1, 2, 4, 8, 96, 128]
+    assert sizes_for_prompts(100, 129) == [*VllmOptions(max_num_seqs=100).capture_sizes, 128, 192]
+    assert sizes_for_prompts(8, 2048)[-1] == 2048
+    assert sizes_for_prompts(8, 2049) is None, "too many tokens"
+    assert sizes_for_prompts(8, 8) is None, "captured as it is"
 
 
 def test_one_config_has_one_folder(tmp_path, monkeypatch):
