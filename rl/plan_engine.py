@@ -12,12 +12,12 @@ from tandem.rl.config import RolloutConfig
 from tandem.rl.plan_devices import GIB, Device
 from tandem.rl.plan_setup import Items, Setup
 from tandem.rl.plan_shape import ModelShape
-from tandem.rollout.vllm_plan import BLOCK, IN_FLIGHT, STAYS_AWAKE, VllmOptions, rounded_length
+from tandem.rollout.vllm_plan import BLOCK, IN_FLIGHT, STAYS_AWAKE, VllmOptions, rounded_length, sizes_for_prompts
 from tandem.rollout.vllm_versions import ACCEPTED, LORA_RANKS, refusal
 
 __all__ = [
     "BLOCK", "IN_FLIGHT", "STAYS_AWAKE", "captured_graphs", "engine_items", "engine_of_auto", "rounded_length",
-    "step_bytes", "step_tokens",
+    "sizes_for_prompts", "step_bytes", "step_tokens",
 ]  # fmt: skip
 
 MIB = 1 << 20

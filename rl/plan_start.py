@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.rl.plan import Ledger, changed
-from tandem.rl.plan_engine import BLOCK
+from tandem.rl.plan_engine import BLOCK, sizes_for_prompts
 from tandem.rl.plan_time import GRAPHS, VLLM_EAGER, Work, seconds_text
-from tandem.rollout.vllm_plan import sizes_for_prompts
 
 # Seconds that vLLM takes longer to start where it captures graphs, and where it compiles before that for the first time
 # (an H200's host), and the share of decoding that compiling spares beside graphs (Qwen3-8B's shape, 8 to 64 sequences).
@@ -36,12 +35,13 @@ class Start:
 
     @classmethod
     def of(cls, plan: Ledger, evaluated: int) -> Start | None:
-        """None where the engine is another one. A run of unknown length is taken for a long one.
+        """None where the engine is another one, or is to round as stock vLLM, which compiles. A run whose length is not
+        known is taken for a long one.
 
         Args:
             evaluated: completions of a held-out evaluation.
         """
-        if not plan.setup.vllm:
+        if not plan.setup.vllm or plan.config.rollout.numerics == "stock":
             return None
         steps, every = plan.config.train.max_steps, plan.config.eval.eval_steps
         plan = plan.again(changed(plan.config, {"rollout": {"enforce_eager": False}}))

@@ -168,7 +168,7 @@ class RolloutConfig(Section):
     """vllm: fp8 halves the KV cache and adds mismatch with the trainer: keep algorithm.rollout_correction on."""
     numerics: Literal["trainer", "stock"] = "trainer"
     """vllm: trainer: logits in float32, as the trainer has them, and fused 4-bit products; stock: all as in a vLLM that
-    loads the checkpoint itself (with bitsandbytes, for NF4), whose greedy tokens these then are. Slower."""
+    loads the checkpoint itself (with bitsandbytes, for NF4) and compiles, whose greedy tokens these are. Slower."""
     enforce_eager: bool | None = None
     """vllm: no compilation and no CUDA graphs: starts in seconds, decodes several times slower; None: for a run that is
     over before capturing graphs would have paid."""

@@ -256,6 +256,7 @@ def test_a_long_run_is_compiled_for_and_a_shorter_one_gets_graphs(qwen: ModelSha
     for other in (chosen(enough), chosen(None), chosen(enough - 4, torch_compile=True)):
         assert "rollout.torch_compile" not in other.chosen
     assert "rollout.torch_compile" not in chosen(20, enforce_eager=True).chosen, "there is nothing to compile for"
+    assert "rollout.torch_compile" not in chosen(20, numerics="stock").chosen, "stock vLLM compiles"
 
 
 def test_graphs_take_in_prompts_where_completions_are_short(qwen: ModelShape) -> None:
