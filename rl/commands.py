@@ -147,7 +147,7 @@ def evaluate_run(
     if run_dir:
         other_model(run_dir, config.model, model_facts(config.model), console, accept_changes=accept_changed_model)
     own = run_dir is not None and config == load_run_config(run_dir)
-    lm, engine, stop, config = open_model(config, inputs, console)
+    lm, engine, stop, config = open_model(config, inputs, console, once=True)
     checkpoint = latest_checkpoint(run_dir) if run_dir else None
     with closing(engine):
         if run_dir:
@@ -176,7 +176,7 @@ def check(config: Config, *, num_prompts: int, console: Console) -> None:
         _show_plan(config, inputs, console)
         return
     show_protections(inputs.judge.rewards, console)
-    lm, engine, stop, config = open_model(config, inputs, console)
+    lm, engine, stop, config = open_model(config, inputs, console, once=True)
     prompts = inputs.data.prompts[:num_prompts]
     with closing(engine):
         started = time.perf_counter()

@@ -30,18 +30,18 @@ from tandem.rollout.vllm_versions import refusal as vllm_refusal
 
 
 def open_model(
-    config: Config, inputs: Inputs, console: Console, start: StartTime | None = None
+    config: Config, inputs: Inputs, console: Console, start: StartTime | None = None, *, once: bool = False
 ) -> tuple[LanguageModel, RolloutEngine, tuple[int, ...], Config]:
     """The model with its adapter, the engine and the tokens that end a completion; the config with sizes for the GPU
     that is here, if there is one.
 
     Args:
-        start: told when model and engine are there.
+        start: told when model and engine are there. once: one rollout follows, and not the config's whole run.
     """
     from tandem.rl.chat import stop_token_ids
 
     wanted = _wanted_engine(config)
-    config = sized(config, wanted, inputs, console)
+    config = sized(config, wanted, inputs, console, once=once)
     lm = load_model(config.model, inputs.tokenizer, shared=wanted != "transformers" and vllm_refusal() is None)
     for note in lm.notes:
         console.note(note)
@@ -70,14 +70,18 @@ def open_model(
     return lm, with_environments(engine, config, inputs, ends, longest), stop, config
 
 
-def sized(config: Config, engine: str, inputs: Inputs, console: Console, device: Device | None = None) -> Config:
+def sized(
+    config: Config, engine: str, inputs: Inputs, console: Console, device: Device | None = None, *, once: bool = False
+) -> Config:
     """Sizes that the config leaves open, chosen from the plan on a GPU and told; on a CPU nothing is.
 
-    `device`: the card to choose for; None: the one that is here.
+    Args:
+        device: the card to choose for; None: the one that is here. once: see `open_model`.
 
     They are chosen anew at every start and not kept in the run's config, so that a run may go on on another card.
     """
-    sizing = _sizing(config, engine, inputs, console, device)
+    length = {"train": {"max_steps": 1}} if once else {}
+    sizing = _sizing(changed(config, length), engine, inputs, console, device)
     if sizing is None:
         return config
     device = sizing.plan.device

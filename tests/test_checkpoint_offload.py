@@ -22,6 +22,7 @@ from tandem.rl.model import LanguageModel, check_packing, load_model
 from tandem.rl.offload import HostStore, Stored
 from tandem.rl.open_model import attach_layers, open_model
 from tandem.rl.packing import Pack, pack
+from tandem.rl.plan import changed
 from tandem.rl.samples import Prompt, Sampling, Sequence
 from tandem.rl.step import PolicyBatch, layout_of, policy_backward, sequence_log_probs, training_mode
 
@@ -351,6 +352,13 @@ def test_a_model_that_can_neither_is_said_to_keep_everything(folders, capsys):
     attach_layers(lm, config_for(folders("olmo2")), Console())
     assert lm.checkpoints is None
     assert "every layer's activations kept" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("algorithm", "split"), [("grpo", True), ("sft", False)])
+def test_adapters_are_rounded_as_an_engine_does_where_one_is_compared_with(folders, algorithm, split):
+    lm, config = load(folders("gemma2")), config_for(folders("gemma2"), fused_layers=True)
+    attach_layers(lm, changed(config, {"algorithm": {"name": algorithm}}), Console.silent())
+    assert lm.fused.plan.split_adapters is split
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -366,12 +366,14 @@ def test_lengths_of_the_data_count_before_those_of_the_config(qwen: ModelShape) 
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
-def started(config: Config, data: TrainingData, monkeypatch: pytest.MonkeyPatch, device: Device | None) -> tuple:
+def started(
+    config: Config, data: TrainingData, monkeypatch: pytest.MonkeyPatch, device: Device | None, *, once: bool = False
+) -> tuple:
     monkeypatch.setattr(open_model, "gpu_here", lambda: device)
     file = io.StringIO()
     console = Console(file, file)
-    inputs = SimpleNamespace(data=data)
-    return open_model.sized(config, open_model._wanted_engine(config), inputs, console), file  # type: ignore[arg-type]
+    inputs: Any = SimpleNamespace(data=data)
+    return open_model.sized(config, open_model._wanted_engine(config), inputs, console, once=once), file
 
 
 def test_a_run_chooses_and_tells(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,6 +399,18 @@ def test_a_run_chooses_and_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not options.stock_numerics
     stock = changed(made, {"rollout": {"numerics": "stock"}})
     assert open_model.vllm_options(stock, SimpleNamespace(data=data)).stock_numerics  # type: ignore[arg-type]
+
+
+def test_a_check_starts_no_longer_than_one_rollout_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config's whole run would be compiled for."""
+    data = TrainingData(prompts=[Prompt(0, [1] * 300, "")], eval_prompts=[])
+    config = config_of(rollout={"engine": "vllm", "max_completion_length": 64}, train={"max_steps": 10_000})
+    card = find_device("h100", host_gib=64)
+    whole, _ = started(config, data, monkeypatch, card)
+    assert (whole.rollout.enforce_eager, whole.rollout.torch_compile) == (None, None)
+    check, _ = started(config, data, monkeypatch, card, once=True)
+    assert check.rollout.enforce_eager is True
+    assert check.train == whole.train, "nothing else is chosen otherwise, and the run is as long as it is"
 
 
 def test_a_dry_run_shows_sizes_and_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
