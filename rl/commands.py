@@ -147,7 +147,8 @@ def evaluate_run(
     if run_dir:
         other_model(run_dir, config.model, model_facts(config.model), console, accept_changes=accept_changed_model)
     own = run_dir is not None and config == load_run_config(run_dir)
-    lm, engine, stop, config = open_model(config, inputs, console, once=True)
+    completions = len(inputs.data.eval_prompts) * config.eval.num_generations
+    lm, engine, stop, config = open_model(config, inputs, console, completions=completions)
     checkpoint = latest_checkpoint(run_dir) if run_dir else None
     with closing(engine):
         if run_dir:
@@ -176,8 +177,9 @@ def check(config: Config, *, num_prompts: int, console: Console) -> None:
         _show_plan(config, inputs, console)
         return
     show_protections(inputs.judge.rewards, console)
-    lm, engine, stop, config = open_model(config, inputs, console, once=True)
     prompts = inputs.data.prompts[:num_prompts]
+    completions = len(prompts) * config.rollout.num_generations
+    lm, engine, stop, config = open_model(config, inputs, console, completions=completions)
     with closing(engine):
         started = time.perf_counter()
         groups = engine.generate(prompts, training_sampling(config, stop, config.seed))
@@ -191,7 +193,8 @@ def check(config: Config, *, num_prompts: int, console: Console) -> None:
     numbers, parity = check_engine(lm, config, policy_batch(rows, mask_truncated=False), engine=engine.name)
     facts = [
         ("prompts × completions", f"{len(prompts)} × {config.rollout.num_generations}"),
-        ("tokens per second", f"{tokens / generated:.0f}"),
+        # A few completions are not worth graphs, of which a run will have some.
+        (f"tokens per second{', without graphs' * bool(config.rollout.enforce_eager)}", f"{tokens / generated:.0f}"),
         *numbers,
         *((f"seconds in {name}", f"{seconds:.3f}") for name, seconds in scores.seconds.items()),
     ]

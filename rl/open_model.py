@@ -30,18 +30,19 @@ from tandem.rollout.vllm_versions import refusal as vllm_refusal
 
 
 def open_model(
-    config: Config, inputs: Inputs, console: Console, start: StartTime | None = None, *, once: bool = False
+    config: Config, inputs: Inputs, console: Console, start: StartTime | None = None, *, completions: int | None = None
 ) -> tuple[LanguageModel, RolloutEngine, tuple[int, ...], Config]:
     """The model with its adapter, the engine and the tokens that end a completion; the config with sizes for the GPU
     that is here, if there is one.
 
     Args:
-        start: told when model and engine are there. once: one rollout follows, and not the config's whole run.
+        start: told when model and engine are there. completions: all that are sampled, where it is not
+            those of the config's whole run.
     """
     from tandem.rl.chat import stop_token_ids
 
     wanted = _wanted_engine(config)
-    config = sized(config, wanted, inputs, console, once=once)
+    config = sized(config, wanted, inputs, console, completions=completions)
     lm = load_model(config.model, inputs.tokenizer, shared=wanted != "transformers" and vllm_refusal() is None)
     for note in lm.notes:
         console.note(note)
@@ -71,17 +72,22 @@ def open_model(
 
 
 def sized(
-    config: Config, engine: str, inputs: Inputs, console: Console, device: Device | None = None, *, once: bool = False
+    config: Config,
+    engine: str,
+    inputs: Inputs,
+    console: Console,
+    device: Device | None = None,
+    *,
+    completions: int | None = None,
 ) -> Config:
     """Sizes that the config leaves open, chosen from the plan on a GPU and told; on a CPU nothing is.
 
     Args:
-        device: the card to choose for; None: the one that is here. once: see `open_model`.
+        device: the card to choose for; None: the one that is here. completions: see `open_model`.
 
     They are chosen anew at every start and not kept in the run's config, so that a run may go on on another card.
     """
-    length = {"train": {"max_steps": 1}} if once else {}
-    sizing = _sizing(changed(config, length), engine, inputs, console, device)
+    sizing = _sizing(config, engine, inputs, console, device, completions)
     if sizing is None:
         return config
     device = sizing.plan.device
@@ -105,7 +111,12 @@ def show_sizes(config: Config, inputs: Inputs, console: Console) -> None:
 
 
 def _sizing(
-    config: Config, engine: str, inputs: Inputs, console: Console, device: Device | None = None
+    config: Config,
+    engine: str,
+    inputs: Inputs,
+    console: Console,
+    device: Device | None = None,
+    completions: int | None = None,
 ) -> Sizing | None:
     """The choice for a card, else for the GPU that is here; None without one, and where no plan can be made, which is
     said."""
@@ -121,6 +132,7 @@ def _sizing(
             device,
             longest=longest_sequence(config, data),
             evaluated=len(data.eval_prompts) * config.eval.num_generations,
+            completions=completions,
         )
     except UserError as error:
         console.warn(f"no plan could be made, so that sizes are not chosen for this GPU: {error.problem}")

@@ -66,7 +66,13 @@ class Sizing:
 
 
 def choose_sizes(
-    shape: ModelShape, config: Config, device: Device, *, longest: Longest | None = None, evaluated: int = 0
+    shape: ModelShape,
+    config: Config,
+    device: Device,
+    *,
+    longest: Longest | None = None,
+    evaluated: int = 0,
+    completions: int | None = None,
 ) -> Sizing:
     """Sizes for a run on `device`.
 
@@ -80,16 +86,24 @@ def choose_sizes(
 
     Args:
         longest: the longest sequence, where it is known. evaluated: completions of a held-out evaluation.
+        completions: all that are sampled, where it is not those of the config's whole run.
     """
     free = ledger(shape, config, device, longest)
     room = free.again(device=replace(device, memory_gib=USED_SHARE * device.memory_gib))
-    rollout = {"rollout": _rollout(room, evaluated)} if free.work.generates else {}
+    rollout: dict[str, dict[str, Any]] = {}
+    start = None
+    if free.work.generates:
+        rollout["rollout"], start = _rollout(room, evaluated, completions)
     config_made = changed(config, rollout)
     changes = {"train": _training(room.again(config_made), free.again(config_made)), **rollout}
+    if start is not None and (captured := start.captured(config_made.rollout)):
+        # Whatever else was chosen goes before it.
+        more = {**changes, "rollout": changes["rollout"] | captured}
+        changes = more if room.again(changed(config, more)).fits() else changes
     made = free.again(changed(config, changes))
     found = {"train": _train_reasons(room, changes, made)}
     if rollout:
-        found["rollout"] = {key: _rollout_reason(made, key, evaluated) for key in changes["rollout"]}
+        found["rollout"] = {key: _rollout_reason(made, key, start) for key in changes["rollout"]}
     reasons = {f"{section}.{key}": reason for section, by_key in found.items() for key, reason in by_key.items()}
     return Sizing(made, free, changes, reasons)
 
@@ -176,18 +190,19 @@ def _with(room: Ledger, train: dict[str, Any]) -> Ledger:
     return room.again(changed(room.config, {"train": train}))
 
 
-def _rollout(room: Ledger, evaluated: int) -> dict[str, Any]:
-    """Sequences in flight, and vLLM's cache."""
+def _rollout(room: Ledger, evaluated: int, completions: int | None) -> tuple[dict[str, Any], Start | None]:
+    """Sequences in flight, vLLM's start and cache; and by what its start was chosen."""
     rollout, setup, work = room.config.rollout, room.setup, room.work
     wanted = max(work.sequences, evaluated)
     if not setup.vllm:
-        return {} if rollout.max_in_flight or not 0 < room.in_flight < wanted else {"max_in_flight": room.in_flight}
+        fewer = not rollout.max_in_flight and 0 < room.in_flight < wanted
+        return {"max_in_flight": room.in_flight} if fewer else {}, None
     wanted = rollout.max_in_flight or min(wanted, IN_FLIGHT)
     found: dict[str, Any] = {"max_in_flight": wanted}
     room = room.again(changed(room.config, {"rollout": found}))
-    start = Start.of(room, evaluated)
+    start = Start.of(room, evaluated=evaluated, completions=completions)
     if start is not None:
-        found |= start.choice(rollout.enforce_eager, rollout.torch_compile)
+        found |= start.left_out(rollout)
         room = room.again(changed(room.config, {"rollout": found}))
     # Of a prompt and of every completion a block is part empty, and one block in all is never used.
     block = kv_bytes(setup, BLOCK)
@@ -201,7 +216,7 @@ def _rollout(room: Ledger, evaluated: int) -> dict[str, Any]:
     size = min(left, max(room.cache_needed(wanted) + (2 * wanted + 1) * block, least))
     if size >= least:
         found["kv_cache_gib"] = -(-size * 100 // GIB) / 100
-    return _only_open(found, rollout)
+    return _only_open(found, rollout), start
 
 
 def _only_open(values: dict[str, Any], section: Any) -> dict[str, Any]:
@@ -262,11 +277,9 @@ def _seconds(plan: Ledger) -> str:
     return seconds_text(plan.update_seconds)
 
 
-def _rollout_reason(made: Ledger, key: str, evaluated: int) -> str:
+def _rollout_reason(made: Ledger, key: str, start: Start | None) -> str:
     """Why a value of the plan that was made is what it is."""
-    if key in ("enforce_eager", "torch_compile", "cudagraph_sizes"):
-        start = Start.of(made, evaluated)
-        assert start is not None, "it has chosen this"
+    if start is not None and key in ("enforce_eager", "torch_compile", "cudagraph_sizes"):
         return start.reason(key)
     wanted, fit = made.work.in_flight, made.in_flight
     if key == "max_in_flight":
