@@ -311,7 +311,8 @@ def tandem(system: str, arguments: argparse.Namespace) -> Loaded:
         from tandem.rl.fused_layer import FusedLayers, LayerPlan
 
         options = vars(arguments) | VARIANTS[system]
-        plan = LayerPlan(options["tile_rows"], options["groups"], options["attention"], options["projections"])
+        sizes = options["tile_rows"], options["groups"], options["attention"], options["projections"]
+        plan = LayerPlan(*sizes, split_adapters=True)  # as in RL
         fused = FusedLayers(plan, offload=OFFLOAD[options["offload"]]).attach(lm)
         host_bytes = lambda: fused.host_bytes  # noqa: E731
     else:

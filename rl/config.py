@@ -191,14 +191,17 @@ class Config(Section):
 
     def _check_numerics(self) -> None:
         """A stock vLLM must be able to compute on these weights, and in this type."""
-        format = self.model.quantised_to
-        if self.rollout.numerics == "trainer" or format is None:
+        format, dtype = self.model.quantised_to, self.model.dtype
+        if self.rollout.numerics == "trainer":
             return
-        reason = f"the weights are {format}, which no stock vLLM has: use nf4 or unquantised weights"
-        if format == "nf4":
-            if self.model.dtype != "float16":
-                return
-            reason = "stock vLLM multiplies 4-bit weights in bfloat16 also where model.dtype is float16: use bfloat16"
+        if self.rollout.engine == "transformers":
+            reason = "rollout.engine is transformers, which it says nothing of: use vllm"
+        elif format in ("int4", "fp8"):
+            reason = f"the weights are {format}, which no stock vLLM has: use nf4 or unquantised weights"
+        elif format == "nf4" and dtype in ("float16", "float32"):
+            reason = f"stock vLLM multiplies 4-bit weights in bfloat16 also where model.dtype is {dtype}: use bfloat16"
+        else:
+            return
         raise ValueError(f"rollout.numerics is 'stock', and {reason}, or leave it out")
 
     def _check_turns(self) -> None:

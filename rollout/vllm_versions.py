@@ -77,6 +77,9 @@ _COMMON = (
     Relied("vllm.model_executor.model_loader", "register_model_loader", ("load_format",)),
     Relied("vllm.model_executor.model_loader.base_loader", "BaseModelLoader.load_weights", ("model", "model_config")),
     Relied("vllm.model_executor.model_loader.base_loader", "BaseModelLoader.download_model", ("model_config",)),
+    Relied("vllm.config.compilation", "CompilationConfig", ("custom_ops", "mode", "cudagraph_mode")),
+    Relied("vllm.config.kernel", "KernelConfig", ("ir_op_priority",)),
+    Relied("vllm.config.kernel", "IrOpPriorityConfig", ("rms_norm", "fused_add_rms_norm")),
     Relied("vllm.utils.torch_utils", "get_accelerator_view_from_cpu_tensor", ("cpu_tensor",)),
 )
 ACCEPTED: dict[str, tuple[Relied, ...]] = {"0.24.0": _COMMON}

@@ -243,6 +243,10 @@ def test_all_keys_lists_every_field_once() -> None:
             {"model": {"load_in_4bit": True, "dtype": "float16"}, "rollout": {"numerics": "stock"}},
             ["rollout.numerics is 'stock'", "model.dtype is float16", "bfloat16"],
         ),
+        (
+            {"rollout": {"numerics": "stock", "engine": "transformers"}},
+            ["rollout.numerics is 'stock'", "rollout.engine is transformers", "use vllm"],
+        ),
         ({"log": {"report_to": ["wandb", "tensorboard"]}}, ["log.report_to.1", "'tensorboard'"]),
     ],
 )

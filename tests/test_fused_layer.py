@@ -204,6 +204,22 @@ def test_split_adapters_change_rounding_alone(qwen, projections):
     assert difference(fused(lm, made, plan), expected) < 1e-10
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_split_adapters_do_round_otherwise(kept):
+    """In bfloat16, whether prepared weights stay from pass to pass or not."""
+    lm = build()
+    lm.model.bfloat16()
+    (made, _) = packs()
+    found = []
+    for split in (False, True, False):
+        layers = FusedLayers(LayerPlan(split_adapters=split)).attach(lm)
+        if not kept:
+            layers._weights.stop()
+        found.append(run(lm, [made], layers.hidden))
+    assert difference(found[0], found[2]) == 0
+    assert 0 < difference(found[0], found[1]) < 0.2
+
+
 @pytest.mark.parametrize("projections", ["recompute", "save"])
 @pytest.mark.parametrize(("tile_rows", "groups", "attention"), GRID)
 def test_tiles_and_groups_change_nothing(qwen, tile_rows, groups, attention, projections):

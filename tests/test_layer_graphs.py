@@ -132,6 +132,15 @@ def test_replays_equal_autograd_for_packs_of_other_lengths(lm: LanguageModel, pr
     assert len(lengths) > 3
 
 
+def test_replays_round_adapters_as_the_plan_says(lm: LanguageModel) -> None:
+    layers, recorder = recorded(lm, split_adapters=True)
+    for seed in range(3):
+        made = [one_pack(seed)]
+        assert difference(run(lm, made, layers.hidden), oracle(lm, made)) < 1e-10
+    assert recorder.records == 2
+    assert all(linear._split for _, linear in layers._weights._linears.values())
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3"])
 def test_replays_with_biases_norms_behind_the_halves_and_stacked_projections(family: str) -> None:
     whole = {"sliding_window": None, "layer_types": ["full_attention"] * 3}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from statistics import fmean, stdev
 from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,11 +94,12 @@ def test_what_is_told_of_learning_beside_trl_is_in_the_results():
         if row["curve"]
     }
     apart = [means["tandem", seed] - means["trl", seed] for seed in range(8)]
-    assert f"mean reward is {fmean(apart):.3f} ± {stdev(apart) / 8**0.5:.3f} above TRL's" in text
-    before, after = (
-        stored(f"profile-step-h200-2026-11-30-{time}.json")["seconds"]["plain"] for time in ("1524", "1525")
-    )
-    assert f"({before:.2f} and {after:.2f} s, other work beside" in text
+    assert f"mean reward is {fmean(apart):.3f} ± {stdev(apart) / 8**0.5:.3f} (standard error) above TRL's" in text
+    reached = [fmean(one["samples_to_target"] for one in both) for both in (ours, theirs)]
+    assert reached[0] / reached[1] == pytest.approx(1, abs=0.05), "after as many samples"
+    profiles = [stored(f"profile-step-h200-2026-11-30-{time}.json") for time in ("1524", "1525")]
+    before, after = (profile["parts"]["generate"] for profile in profiles)
+    assert f"generation takes {after:.2f} in place of {before:.2f} s of a step" in text
 
 
 def stored(name: str) -> dict:
@@ -131,13 +135,22 @@ def test_what_is_told_of_engine_and_trainer_apart_is_in_the_results():
         if dtype == "float16":
             assert max(first["median"], moved["median"]) <= 0.01
             assert max(first["p99"], moved["p99"]) <= 0.1
-    within = {}
+    bare = found["bfloat16", "tandem-bf16", "first step"]
+    within: dict[str, list[float]] = {}
+    medians: dict[str, list[float]] = {}
     for dtype, name in (("float16", "learning16-h200"), ("bfloat16", "learning-vs-trl-h200")):
         (path,) = (ROOT / "benchmarks" / "results").glob(f"{name}-2026-11-30-151*.json")
         rows = [row for row in stored(path.name)["rows"] if row["system"] == "tandem" and row["curve"]]
         within[dtype] = [step["apart"]["p99"] for row in rows for step in row["curve"]]
+        medians[dtype] = [step["apart"]["median"] for row in rows for step in row["curve"]]
     assert [len(steps) for steps in within.values()] == [160, 160]
     assert f"at most {max(within['float16']):.3f} in all of 160 steps" in text
+    plan = " ".join((ROOT / "docs" / "plan.md").read_text("utf-8").split())
+    assert (
+        f"at most {max(within['float16']):.3f} and the median at most {max(medians['float16']):.5f} in each of" in plan
+    )
+    assert f"up to {max(within['bfloat16']):.2f} and {max(medians['bfloat16']):.4f} in bfloat16" in plan
+    assert f"differed by {digits(bare['median'])} in the median and {digits(bare['p99'])} in the 99th" in plan
     assert f"within 0.1 in {sum(one <= 0.1 for one in within['bfloat16'])} of them" in text
 
 
@@ -145,42 +158,56 @@ def test_what_is_told_of_rounding_alike_is_in_the_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
     probe = stored("rounding-alike-h200-2026-11-30.json")
 
-    def of(model: str, engine: str, what: str) -> tuple[str, str]:
+    def of(model: str, engine: str, what: str, places: int = 3) -> tuple[str, str]:
         (one,) = (
             p["found"][what]
             for p in probe["probes"]
             if (p["model"], p["engine"], p["dtype"]) == (model, engine, "bfloat16") and what in p["found"]
         )
-        return f"{one['median']:.3f}", f"{one['p99']:.3f}"
+        return f"{one['median']:.{places}f}", f"{one['p99']:.3f}"
+
+    def told(words: str, pairs: list[tuple[str, str]]) -> bool:
+        return words.format(*(" and ".join(pair) for pair in pairs)) in text
 
     large, small, own = "qwen3-8b random", "smollm2", "graphs of vLLM's own kernels"
-    before = of(large, "compiled, the compiler's norms", "first step: tables in float32")
-    after = of(large, own, "first step: split adapters")
-    one, split, beside = (
-        of(large, own, f"B of 0.01: {how}") for how in ("one product", "split adapters", "transformers")
+    pairs = [
+        of(model, engine, f"first step: tables in {where}")
+        for model in (large, small)
+        for engine, where in (("compiled, the compiler's norms", "float32"), (own, "the compute type"))
+    ]
+    shape = "on Qwen3-8B's shape with random weights in NF4"
+    assert told(f"take {{}} (median, 99th percentile) to {{}} {shape}, and {{}} to {{}} on SmolLM2", pairs)
+    pairs = [
+        of(model, own, f"B of 0.01: {how}", places)
+        for model, places in ((large, 3), (small, 4))
+        for how in ("one product", "split adapters")
+    ]
+    assert told("takes {} after an update to {} on the random shape, and {} to {} on SmolLM2", pairs)
+    pairs = [of(model, own, "B of 0.01: transformers") for model in (large, small)]
+    assert told("peft's model is {}, {} from the same engines", pairs)
+    ranges: list[float] = []
+    for is_small in (False, True):
+        longer = []
+        for rows in (512, 4096, 16384):
+            one_ms = split_ms = 0.0
+            for one in probe["products"]:
+                if one["rows"] == rows and ("small" in one["projection"]) == is_small:
+                    kind = "" if one["projection"].removeprefix("small ") in ("qkv", "gate_up") else "_and_residual"
+                    one_ms += one[f"one_product{kind}_ms"]
+                    split_ms += one[f"split{kind}_ms"]
+            longer.append(100 * (split_ms / one_ms - 1))
+        ranges += [min(longer), max(longer)]
+    said = re.search(r"by (\d+) to (\d+)% on that shape and by (\d+) to (\d+)% on SmolLM2's", text)
+    assert said is not None
+    assert [int(number) for number in said.groups()] == pytest.approx(ranges, abs=0.6)
+    after, before = (
+        {row["what"]: row for row in stored(f"rollout-h200-{name}.json")["rows"] if row["system"] == "tandem-nf4"}
+        for name in ("own-kernels-2026-11-30-1519", "stock-2026-11-30-1500")
     )
-    assert f"takes {' and '.join(before)} (median, 99th percentile) to {' and '.join(after)}, and" in text
-    assert f"{' and '.join(one)} after an update to {' and '.join(split)}; transformers is" in text
-    first = of(large, "compiled, vLLM's own kernels", "first step: transformers")
-    assert f"{' and '.join(first)}, {' and '.join(beside)} from the same engine" in text
-    before, after = (
-        of(small, "compiled, the compiler's norms", "first step: tables in float32"),
-        of(small, own, "first step: split adapters"),
-    )
-    assert f"takes {' and '.join(before)} to {' and '.join(after)}" in text
-    longer = []
-    for rows in (4096, 16384):
-        one_ms = split_ms = 0.0
-        for product in probe["products"]:
-            if product["rows"] == rows and "small" not in product["projection"]:
-                kind = "" if product["projection"] in ("qkv", "gate_up") else "_and_residual"
-                one_ms += product[f"one_product{kind}_ms"]
-                split_ms += product[f"split{kind}_ms"]
-        longer.append(split_ms / one_ms - 1)
-    assert f"take {min(longer) * 100:.0f} to {max(longer):.0%} longer" in text
-    now = [row for row in stored("rollout-h200-own-kernels-2026-11-30-1519.json")["rows"] if row["kind"] == "parity"]
-    (measured,) = (row for row in now if (row["system"], row["what"]) == ("tandem-nf4", "first step"))
-    assert (f"{measured['median']:.3f}", f"{measured['p99']:.3f}") == of(large, own, "first step: split adapters")
+    now = after["first step"]
+    assert (f"{now['median']:.3f}", f"{now['p99']:.3f}") == of(large, own, "first step: split adapters")
+    ratio = after["after an update"]["median"] / before["after an update"]["median"]
+    assert ratio == pytest.approx(1, abs=0.02), "they alone gain nothing"
 
 
 def test_what_is_told_of_greedy_tokens_is_in_the_results():
