@@ -10,9 +10,10 @@ from tandem.rl.plan import Ledger, changed
 from tandem.rl.plan_engine import BLOCK, IN_FLIGHT, sizes_for_prompts
 from tandem.rl.plan_time import GRAPHS, VLLM_EAGER, Work, seconds_text
 
-# Seconds that vLLM takes longer to start where it captures graphs, and where it compiles before that for the first time
-# (an H200's host).
-CAPTURING, COMPILING = 15.0, 35.0
+# Seconds that vLLM takes longer to start where it captures graphs, and where it compiles before that for the first
+# time: 17 s for SmolLM2, 30 to 35 for Qwen3-8B's shape, on an H200's host with other starts beside
+# (benchmarks/results/rollout-h200-*uncompiled-2026-11-30-*.json).
+CAPTURING, COMPILING, COMPILING_WEIGHT = 15.0, 17.0, 2e-9
 # The share of decoding that compiling spares beside graphs: on Qwen3-8B's shape 1.4%, 4.3% and -1.4% for 8, 32 and 64
 # sequences (benchmarks/results/rollout-h200-own-kernels-2026-11-30-1519.json).
 COMPILED = 0.014
@@ -25,7 +26,7 @@ class Start:
     """What a start spares all rollouts that follow.
 
     Attributes:
-        graphs: seconds of decoding by graphs. compiled: by compiling, beside graphs.
+        graphs: seconds of decoding by graphs. compiled: by compiling, beside graphs. compiling: seconds that it takes.
         step: tokens of a rollout's first step, and its seconds on the host where no graph is replayed.
         sizes: batch sizes that let it replay one, which compiled code alone can; None: the usual ones do, or it is not
             worth it.
@@ -33,6 +34,7 @@ class Start:
 
     graphs: float
     compiled: float
+    compiling: float
     step: tuple[int, float]
     sizes: list[int] | None
 
@@ -60,6 +62,7 @@ class Start:
         return cls(
             graphs=waves * work.completion * layers * (VLLM_EAGER - GRAPHS),
             compiled=waves * (COMPILED * decoding + (seconds if sizes else 0.0)),
+            compiling=COMPILING + COMPILING_WEIGHT * plan.shape.linear_elements,
             step=(tokens, seconds),
             sizes=sizes,
         )
@@ -71,7 +74,7 @@ class Start:
         wanted = rollout.enforce_eager is False or rollout.torch_compile or rollout.cudagraph_sizes
         if not wanted and self.graphs < CAPTURING:
             return {"enforce_eager": True}
-        return {"torch_compile": False} if rollout.torch_compile is None and self.compiled < COMPILING else {}
+        return {"torch_compile": False} if rollout.torch_compile is None and self.compiled < self.compiling else {}
 
     def captured(self, rollout: RolloutConfig) -> dict[str, list[int]]:
         """Batch sizes to capture beside the usual ones, if there is memory for them."""
@@ -87,7 +90,7 @@ class Start:
                 f"the first step of a rollout has up to {tokens:,} tokens, for which the host takes "
                 f"{seconds_text(seconds)} s without a graph"
             )
-        what, takes, saved = "compiling", COMPILING, self.compiled
+        what, takes, saved = "compiling", self.compiling, self.compiled
         if key == "enforce_eager":
             what, takes, saved = "capturing graphs", CAPTURING, self.graphs
         return f"{what} takes about {takes:.0f} s, and would spare {seconds_text(saved)} s of rollouts"
