@@ -68,9 +68,9 @@ class LoraLinear:
         split: bool = False,
     ) -> None:
         self.out_features, self.in_features, self.branches, self.bias = out_features, in_features, branches, bias
-        self._split = split
         total = sum(one.a.shape[0] for one in branches)
         self.rank = padded_rank(total)
+        self._split = split and self.rank > 0
         self._buffer = torch.empty(out_features + self.rank, in_features + self.rank, dtype=dtype, device=device)
         self.weight = self._buffer[:out_features, :in_features]
         self._a, self._b = self._buffer[out_features:, :in_features], self._buffer[:out_features, in_features:]
@@ -88,7 +88,7 @@ class LoraLinear:
     def without_adapters(self) -> LoraLinear:
         """The stack alone, in the same memory."""
         made = copy.copy(self)
-        made.branches, made.adapter_parts, made.rank = [], [], 0
+        made.branches, made.adapter_parts, made.rank, made._split = [], [], 0, False
         made._buffer = self.weight
         made._a, made._b = self.weight[self.out_features :], self.weight[:, self.in_features :]
         return made
@@ -131,16 +131,16 @@ class LoraLinear:
             y = torch.mm(xs[:, :width], weight, out=out)
         else:
             y = torch.addmm(self.bias[rows], xs[:, :width], weight, out=out)
-        if self._split and self.rank:
+        if self._split:
             y.addmm_(xs[:, width:], self._b[rows].t())
         return y
 
     def add_forward(self, xs: torch.Tensor, into: torch.Tensor, *, to: torch.Tensor) -> None:
         """Write `to + y` `[N, out]` to `into`, which may be `to`. On CUDA y is rounded before the sum, too."""
-        weight = self._buffer[: self.out_features].t()
-        if self._split and self.rank:
+        if self._split:
             torch.add(to, self.forward(xs), out=into)
             return
+        weight = self._buffer[: self.out_features].t()
         if to is into:
             into.addmm_(xs, weight)
         else:

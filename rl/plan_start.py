@@ -52,10 +52,7 @@ class Start:
         plan = plan.again(changed(plan.config, {"rollout": {"enforce_eager": False}}))
         work, layers = plan.work, plan.shape.layers
         at_once = plan.config.rollout.max_in_flight or IN_FLIGHT
-        if completions is None:
-            waves = _waves(plan, evaluated, at_once)
-        else:
-            waves = float(math.ceil(completions / at_once))
+        waves = _waves(plan, evaluated, at_once) if completions is None else math.ceil(completions / at_once)
         decoding = plan.seconds["rollout: completions"] * min(work.in_flight / work.sequences, 1.0)
         tokens, seconds = first_step(work), layers * VLLM_EAGER
         sizes = sizes_for_prompts(at_once, tokens) if seconds >= WORTH * decoding else None

@@ -41,7 +41,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 _LOGGERS = ("vllm", "flashinfer.jit")
-# vLLM's kernels for norms, under its names of them, also where the compiler would make its own.
+# For where the compiler would make norms of its own: vLLM's kernels, which it takes elsewhere, under its names of them.
 _OWN_NORMS = {"rms_norm": ["vllm_c"], "fused_add_rms_norm": ["vllm_c"]}
 
 
@@ -321,12 +321,14 @@ def engine_arguments(
         "cudagraph_specialize_lora": False,
         "cudagraph_capture_sizes": list(options.capture_sizes),
     }
+    kernels: dict[str, Any] = {}
     if not options.torch_compile:
         # The cut of a graph around attention is the compiler's work: without it graphs are whole, and of decoding.
         compilation |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     elif not options.stock_numerics:
         # The compiler's norms and activations round less often than the trainer's, which vLLM's own agree with.
         compilation["custom_ops"] = ["all"]
+        kernels = {"kernel_config": {"ir_op_priority": _OWN_NORMS}}
     lora: dict[str, Any] = {}
     if lora_rank:
         # Without targets, the embedding and the head are wrapped too.
@@ -346,7 +348,7 @@ def engine_arguments(
         "enable_sleep_mode": True,
         "logprobs_mode": "processed_logprobs",
         "seed": 0,
-        **({} if options.stock_numerics else {"kernel_config": {"ir_op_priority": _OWN_NORMS}}),
+        **kernels,
         **({"enforce_eager": True} if options.enforce_eager else {"compilation_config": compilation}),
     }
 
